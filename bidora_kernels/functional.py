@@ -1,0 +1,103 @@
+"""The operations, checked and differentiable; each has the same name and meaning in `reference`.
+
+Shapes: x [..., in], weight [out, in], lora_A [r, in], lora_B [out, r], magnitude and bias [out]. Dtypes: fp64, fp32, bf16 or
+fp16 each; norms and scales are computed in fp32 (fp64 for an fp64 weight). The weight and the bias are frozen: gradients flow to
+x, lora_A, lora_B and magnitude only. Every function raises TypeError for a dtype and ValueError for a shape or device that does
+not fit, and BackendUnavailable where a backend was asked for by name and cannot run.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import reference
+from .ops import _checks as checks
+from .ops._context import PassMode, current_mode
+
+
+def _frozen(weight: Tensor) -> Tensor:
+    return weight.detach() if weight.requires_grad else weight
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    x_dropped: Tensor | None = None,
+    detach_norm: bool = True,
+    *,
+    norm: Tensor | None = None,
+) -> Tensor:
+    """y = c * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias with c = magnitude / ||V|| (DoRA, arXiv:2402.09353, eq. 5).
+
+    V = weight + scaling * lora_B @ lora_A, normed per row. Returns [..., out] in x's dtype, or autocast's.
+
+    x_dropped: x after dropout; it then feeds the low-rank branch and the (c - 1) part of the base output, as in PEFT.
+    detach_norm: treat the norm as a constant in the backward pass (DoRA, section 4.3); False differentiates it.
+    norm: [out], the row norms where they are known already (from `weight_norm`); they are then constants.
+    A row whose norm is below 1e-18 has c = 1, and its magnitude no gradient.
+    """
+    checks.check_direction(weight, lora_A, lora_B)
+    checks.check_row_vector("magnitude", magnitude, weight)
+    checks.check_input("x", x, weight)
+    if bias is not None:
+        checks.check_row_vector("bias", bias, weight)
+    if norm is not None:
+        checks.check_row_vector("norm", norm, weight)
+    if x_dropped is not None:
+        checks.check_shape("x_dropped", x_dropped, tuple(x.shape))
+        checks.check_input("x_dropped", x_dropped, weight)
+    mode = current_mode()
+    mode.saw(reference.matmul_dtype(x, weight, mode.precise))
+    if mode.differentiate_norm is not None:
+        detach_norm = not mode.differentiate_norm
+    lora_A, lora_B, magnitude = _needed(mode, lora_A, lora_B, magnitude)
+    return reference.dora_linear(
+        x, _frozen(weight), lora_A, lora_B, magnitude, scaling,
+        None if bias is None else _frozen(bias), x_dropped, detach_norm, norm, mode.precise,
+    )  # fmt: skip
+
+
+def _needed(mode: PassMode, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut the groups that this pass does not need out of the graph."""
+    if "direction" not in mode.needs:
+        lora_A, lora_B = lora_A.detach(), lora_B.detach()
+    return lora_A, lora_B, magnitude if "magnitude" in mode.needs else magnitude.detach()
+
+
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """n = ||weight + scaling * lora_B @ lora_A||_2 per row, [out], in fp32 (fp64 for an fp64 weight); differentiable."""
+    checks.check_direction(weight, lora_A, lora_B)
+    return reference.weight_norm(_frozen(weight), lora_A, lora_B, scaling)
+
+
+def normalized_direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """V / ||V|| per row with V = weight + scaling * lora_B @ lora_A, [out, in], fp32 (fp64 for an fp64 weight); differentiable.
+
+    A row whose norm is below 1e-18 is 0, with zero gradient.
+    """
+    checks.check_direction(weight, lora_A, lora_B)
+    return reference.normalized_direction(_frozen(weight), lora_A, lora_B, scaling)
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
+    """magnitude * V / ||V|| per row, [out, in], in the weight's dtype; differentiable, the norm included.
+
+    A row whose norm is below 1e-18 is the row of V.
+    """
+    checks.check_direction(weight, lora_A, lora_B)
+    checks.check_row_vector("magnitude", magnitude, weight)
+    return reference.merged_weight(_frozen(weight), lora_A, lora_B, magnitude, scaling)
+
+
+def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """R = ||Vhat Vhat^T - I||_F^2 with Vhat = V / ||V|| (BiDoRA, arXiv:2410.09758, eq. 3), a scalar; differentiable.
+
+    Rows whose norm is below 1e-18 are left out.
+    """
+    checks.check_direction(weight, lora_A, lora_B)
+    return reference.orthogonality_penalty(_frozen(weight), lora_A, lora_B, scaling)

@@ -1,0 +1,1 @@
+"""What torch sees of the library: one file per operation."""

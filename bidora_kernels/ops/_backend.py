@@ -1,0 +1,110 @@
+"""Which implementation serves an operation: auto | reference | native | triton. The only reader of environment variables."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+
+from ._context import current_mode, pass_mode
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendChoice:
+    """What `auto` resolves to on one device type, and why."""
+
+    device: str
+    backend: str
+    reason: str
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run here."""
+
+
+def environment_backend() -> str:
+    """The backend named by BIDORA_BACKEND, or "auto"."""
+    return _checked(os.environ.get("BIDORA_BACKEND", "auto"), "BIDORA_BACKEND")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run under its interpreter (TRITON_INTERPRET=1), which also takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@functools.cache
+def _missing(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot serve tensors on `device_type`, or None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        if device_type != "cpu":
+            return f"the native backend runs on cpu, not on {device_type}"
+        from .. import native
+
+        return native.why_unavailable()
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if importlib.util.find_spec("bidora_kernels.kernels.weight_norm") is None:
+        return "this version has no Triton kernels"
+    if device_type == "cuda":
+        return None
+    return None if interpreting() else f"Triton has no kernels for {device_type} (under TRITON_INTERPRET=1 it takes cpu tensors)"
+
+
+_PREFERENCE = {"cpu": ("native",), "cuda": ("triton",)}
+
+
+def auto_choice(device_type: str) -> BackendChoice:
+    """What `auto` takes on a device type: the first backend of its preference that can run, else the reference."""
+    reasons = []
+    for backend in _PREFERENCE.get(device_type, ()):
+        reason = _missing(backend, device_type)
+        if reason is None:
+            return BackendChoice(device_type, backend, "available")
+        reasons.append(f"{backend}: {reason}")
+    return BackendChoice(device_type, "reference", "; ".join(reasons) or f"no kernels for {device_type}")
+
+
+def resolve(device_type: str) -> str:
+    """The backend for tensors on `device_type` under the current mode and environment.
+
+    Raises BackendUnavailable where a backend was named (by `use_backend`, `pass_mode` or BIDORA_BACKEND) and cannot run there.
+    """
+    name = current_mode().backend or environment_backend()
+    if name == "auto":
+        return auto_choice(device_type).backend
+    reason = _missing(name, device_type)
+    if reason is not None:
+        raise BackendUnavailable(f"backend {name!r} was asked for, but {reason}")
+    return name
+
+
+def backends() -> dict[str, BackendChoice]:
+    """What `auto` resolves to for each device type at hand, and why."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {device: auto_choice(device) for device in devices}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every operation inside the block with one backend: "auto", "reference", "native" or "triton".
+
+    Under TRITON_INTERPRET=1 "triton" runs on CPU tensors. Raises ValueError for another name; an operation raises
+    BackendUnavailable where the named backend cannot run.
+    """
+    with pass_mode(backend=_checked(name, "backend")):
+        yield

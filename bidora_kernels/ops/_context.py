@@ -1,0 +1,109 @@
+"""What one pass needs, told to the operations without touching the model's code.
+
+A bilevel step runs several forward and backward passes over one model, and each wants other gradients: the lower pass the
+directions', the difference passes the magnitudes' alone. `pass_mode` says so for everything called inside it; the operations
+read it at forward time and save and compute only that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Collection, Iterator
+
+import torch
+
+GROUPS = frozenset({"direction", "magnitude"})
+
+
+@dataclasses.dataclass(frozen=True)
+class PassMode:
+    """The settings of a pass. `None` leaves a setting as the layer has it.
+
+    needs: which parameter groups receive gradients, a subset of {"direction", "magnitude"}.
+    differentiate_norm: overrides the layers' `detach_norm` (True differentiates the norm).
+    backend: overrides the backend choice by name.
+    precise: 16-bit layers compute their base output in fp32, for passes whose signal is a small change.
+    seen_dtypes: filled by the operations with the dtypes their matrix products ran in.
+    """
+
+    needs: frozenset[str] = GROUPS
+    differentiate_norm: bool | None = None
+    backend: str | None = None
+    precise: bool = False
+    seen_dtypes: set[torch.dtype] = dataclasses.field(default_factory=set, compare=False)
+
+    def saw(self, dtype: torch.dtype) -> None:
+        """Record the dtype that an operation's matrix product runs in."""
+        if not torch.compiler.is_compiling():
+            self.seen_dtypes.add(dtype)
+
+
+_mode: contextvars.ContextVar[PassMode | None] = contextvars.ContextVar("bidora_pass_mode", default=None)
+_DEFAULT = PassMode()
+_epoch = 0
+
+
+def current_mode() -> PassMode:
+    """The mode of the innermost `pass_mode`, or the default one (every gradient, settings as the layers have them)."""
+    return _mode.get() or _DEFAULT
+
+
+@contextlib.contextmanager
+def pass_mode(
+    needs: Collection[str] | None = None,
+    differentiate_norm: bool | None = None,
+    backend: str | None = None,
+    precise: bool | None = None,
+) -> Iterator[PassMode]:
+    """Set what the operations called inside compute; arguments left at None are inherited from an enclosing `pass_mode`.
+
+    The mode covers the forward and the backward of a pass. A segment under activation checkpointing runs its forward again
+    inside backward, perhaps on another thread; the layers of this library then use the mode of their first forward.
+
+    Raises ValueError for a group that is not "direction" or "magnitude".
+    """
+    outer = current_mode()
+    if needs is not None and not GROUPS.issuperset(needs):
+        raise ValueError(f"needs must be a subset of {sorted(GROUPS)}, got {sorted(needs)}")
+    mode = PassMode(
+        needs=outer.needs if needs is None else frozenset(needs),
+        differentiate_norm=outer.differentiate_norm if differentiate_norm is None else differentiate_norm,
+        backend=outer.backend if backend is None else backend,
+        precise=outer.precise if precise is None else precise,
+    )
+    token = _mode.set(mode)
+    try:
+        yield mode
+    finally:
+        _mode.reset(token)
+
+
+@contextlib.contextmanager
+def adopt_mode(mode: PassMode) -> Iterator[PassMode]:
+    """Run under a mode captured earlier: what a recomputation inside backward does."""
+    token = _mode.set(mode)
+    try:
+        yield mode
+    finally:
+        _mode.reset(token)
+
+
+def inside_backward() -> bool:
+    """Whether this thread is executing an autograd graph: a forward seen now is a recomputation."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def bump_parameter_epoch() -> None:
+    """Tell every layer that parameters may have changed in a way that autograd's version counter does not show.
+
+    Whoever writes parameters through an alias of their storage (the flat buffers of `bilevel/flat.py`) calls it after the write.
+    """
+    global _epoch
+    _epoch += 1
+
+
+def parameter_epoch() -> int:
+    """The number of announced writes so far; caches keep it as part of their key."""
+    return _epoch

@@ -125,3 +125,22 @@ def test_a_recomputed_segment_keeps_its_mode(use_reentrant: bool, other_thread: 
     assert grads(layer) == {"lora_A": False, "lora_B": False, "magnitude": True}
     expected = torch.autograd.grad(layer(x).square().sum(), layer.magnitude)[0]
     torch.testing.assert_close(layer.magnitude.grad, expected)
+
+
+def test_a_compiled_layer_follows_the_mode() -> None:
+    """One graph traced under one mode must not serve another; eager and compiled gradients agree in each."""
+    layer, x = trained_layer(), torch.randn(4, 12, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for options in ({}, {"needs": {"magnitude"}}, {"differentiate_norm": True}, {"needs": {"direction"}}, {}):
+        results = []
+        for run in (layer, compiled):
+            layer.zero_grad(set_to_none=True)
+            with bk.pass_mode(**options):
+                y = run(x)
+                (grad_x,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+                y.square().sum().backward()
+            results.append([y, grad_x, layer.lora_A.grad, layer.lora_B.grad, layer.magnitude.grad])
+        for eager, traced in zip(*results, strict=True):
+            assert (eager is None) == (traced is None)
+            if eager is not None:
+                torch.testing.assert_close(eager, traced)

@@ -42,12 +42,33 @@ class PassMode:
 
 _mode: contextvars.ContextVar[PassMode | None] = contextvars.ContextVar("bidora_pass_mode", default=None)
 _DEFAULT = PassMode()
+# torch.compile cannot trace a context variable, and a graph traced under one mode must not serve another: it guards on these
+# plain values, which follow the latest `pass_mode` of any thread
+_Traced = tuple[bool, bool, bool | None, str | None, bool]
+_traced: _Traced = (True, True, None, None, False)
 _epoch = 0
 
 
 def current_mode() -> PassMode:
     """The mode of the innermost `pass_mode`, or the default one (every gradient, settings as the layers have them)."""
+    if torch.compiler.is_compiling():
+        direction, magnitude, differentiate_norm, backend, precise = _traced
+        needs = frozenset((["direction"] if direction else []) + (["magnitude"] if magnitude else []))
+        return PassMode(needs, differentiate_norm, backend, precise)
     return _mode.get() or _DEFAULT
+
+
+@contextlib.contextmanager
+def adopt_mode(mode: PassMode) -> Iterator[PassMode]:
+    """Run under a mode captured earlier: what a recomputation inside backward does."""
+    global _traced
+    token, outer_traced = _mode.set(mode), _traced
+    _traced = ("direction" in mode.needs, "magnitude" in mode.needs, mode.differentiate_norm, mode.backend, mode.precise)
+    try:
+        yield mode
+    finally:
+        _mode.reset(token)
+        _traced = outer_traced
 
 
 @contextlib.contextmanager
@@ -73,21 +94,8 @@ def pass_mode(
         backend=outer.backend if backend is None else backend,
         precise=outer.precise if precise is None else precise,
     )
-    token = _mode.set(mode)
-    try:
+    with adopt_mode(mode):
         yield mode
-    finally:
-        _mode.reset(token)
-
-
-@contextlib.contextmanager
-def adopt_mode(mode: PassMode) -> Iterator[PassMode]:
-    """Run under a mode captured earlier: what a recomputation inside backward does."""
-    token = _mode.set(mode)
-    try:
-        yield mode
-    finally:
-        _mode.reset(token)
 
 
 def inside_backward() -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from .adapter_files import load_adapter, save_adapter
 from .config import DoraConfig
+from .fused_slices import FusedDoraSlices
 from .modules import FusedDoraConv1D, FusedDoraLinear
-from .targets import CONFIG_ATTRIBUTE, dora_layers, plan, put, replace
+from .targets import CONFIG_ATTRIBUTE, dora_layers, plan, put, replace, unwrap
 
 __all__ = ["DoraReport", "apply_dora", "load_adapter", "merge_and_unload", "save_adapter", "split_parameters"]
 
@@ -51,13 +53,15 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> DoraReport:
     Raises ValueError where nothing matches `target_modules` (with the nearest names), where a matched module cannot be adapted,
     and where the model has adapters already. The model is unchanged whenever something raises.
     """
+    model = unwrap(model)
     planned = plan(model, config)
-    layers = replace(model, planned)
-    return report(model, layers, planned.heads, planned.skipped)
+    replace(model, planned)
+    return report(model, planned.heads, planned.skipped)
 
 
-def report(model: nn.Module, layers: dict[str, FusedDoraLinear], heads: Iterable[str], skipped: dict[str, str]) -> DoraReport:
+def report(model: nn.Module, heads: Iterable[str], skipped: dict[str, str]) -> DoraReport:
     """Describe a model whose DoRA layers are in place."""
+    layers = dora_layers(model)
     direction, magnitude = split_parameters(model)
     adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
     sizes = [(id(p) in adapters, p.numel()) for p in direction]
@@ -105,18 +109,23 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     copies of `modules_to_save` stay. Raises ValueError, and changes nothing, where there is no DoRA layer and, with
     `safe_merge`, where a merged weight is not finite.
     """
-    layers = dora_layers(model)
-    if not layers:
-        raise ValueError("the model has no DoRA layers to merge")
-    plain = {}
-    for name, layer in layers.items():
-        plain[name] = layer.to_conv1d() if isinstance(layer, FusedDoraConv1D) else layer.to_linear()
+    inner = unwrap(model)
+    plain: dict[str, Any] = {}
+    for name, module in inner.named_modules():
+        if isinstance(module, FusedDoraSlices):
+            plain[name] = module.to_plain()
+        elif isinstance(module, FusedDoraLinear) and name.rpartition(".")[0] not in plain:
+            plain[name] = module.to_conv1d() if isinstance(module, FusedDoraConv1D) else module.to_linear()
+        else:
+            continue
         if safe_merge and not bool(plain[name].weight.isfinite().all()):
             raise ValueError(f"the merged weight of {name or 'the layer'} is not finite; nothing was merged")
+    if not plain:
+        raise ValueError("the model has no DoRA layers to merge")
     if "" in plain:
         return plain[""]
     for name, module in plain.items():
-        put(model, name, module)
-    if hasattr(model, CONFIG_ATTRIBUTE):
-        delattr(model, CONFIG_ATTRIBUTE)
+        put(inner, name, module)
+    if hasattr(inner, CONFIG_ATTRIBUTE):
+        delattr(inner, CONFIG_ATTRIBUTE)
     return model

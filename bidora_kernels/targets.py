@@ -6,15 +6,19 @@ import copy
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from .config import DoraConfig
+from .fused_slices import FusedDoraSlices, slice_sizes, split
 from .modules import FusedDoraConv1D, FusedDoraLinear
 
 ALL_LINEAR = "all-linear"
 CONFIG_ATTRIBUTE = "dora_config"  # where apply_dora leaves the configuration, for save_adapter
+NOT_NAMED = "not in target_modules"
 _HEAD_NAMES = ("score", "classifier")  # where PEFT looks for the head of a sequence classifier
 
 
@@ -26,6 +30,7 @@ class Plan:
     targets: dict[str, nn.Module]
     heads: dict[str, nn.Module]
     skipped: dict[str, str]
+    slices: dict[str, dict[str, int]]  # sizes of query, key and value of the targets in fused_slices
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -41,6 +46,26 @@ def is_linear(module: nn.Module) -> bool:
 def dora_layers(model: nn.Module) -> dict[str, FusedDoraLinear]:
     """The DoRA layers of a model by name, in the order of `named_modules`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FusedDoraLinear)}
+
+
+def names_all_linear(config: DoraConfig) -> bool:
+    """Whether target_modules is the shorthand for every linear layer but the output head."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def features(module: Any) -> tuple[int, int]:
+    """(out_features, in_features) of a Linear or Conv1D."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+
+def fused_name(config: DoraConfig, name: str) -> str | None:
+    """The key of `fused_slices` that names this module, or None."""
+    return next((key for key in config.fused_slices or {} if _named(name, [key])), None)
+
+
+def _slices(config: DoraConfig, name: str) -> list[str]:
+    return (config.fused_slices or {})[fused_name(config, name) or ""]
 
 
 def _named(name: str, names: list[str] | str | None) -> bool:
@@ -91,13 +116,28 @@ def _output_head(model: nn.Module, config: DoraConfig) -> nn.Module | None:
     return None
 
 
-def _head_modules(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
+def head_modules(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     """The modules to save by name; of modules inside one another only the outermost."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if any(name.endswith(end) for end in config.heads) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return found
+
+
+def why_not(config: DoraConfig, name: str, heads: Iterable[str]) -> str | None:
+    """Why the configuration leaves the module of this name alone, or None where it names it ("all-linear" names every one)."""
+    if _named(name, config.exclude_modules):
+        return "in exclude_modules"
+    if _in_heads(name, config, heads):
+        return "in modules_to_save"
+    if fused_name(config, name) is not None or names_all_linear(config):
+        return None
+    if not _named(name, config.target_modules):
+        return NOT_NAMED
+    if not isinstance(config.target_modules, str) and name not in (config.target_modules or []):
+        return None if _layer_index_matches(config, name) else "not in layers_to_transform"
+    return None
 
 
 def plan(model: nn.Module, config: DoraConfig) -> Plan:
@@ -109,61 +149,88 @@ def plan(model: nn.Module, config: DoraConfig) -> Plan:
             raise ValueError(f"the model has DoRA layers already ({name}): a layer holds one adapter")
         if type(module).__module__.startswith("peft."):
             raise ValueError(f"the model was wrapped by PEFT already ({name}): use accelerate_peft for it")
-    if config.target_modules is None:
+    if config.target_modules is None and not config.fused_slices:
         raise ValueError('target_modules must be given: a list of names, a regular expression or "all-linear"')
-    heads = _head_modules(model, config)
-    if config.modules_to_save and not any(any(name.endswith(end) for end in config.modules_to_save) for name in heads):
+    heads = head_modules(model, config)
+    if config.modules_to_save and not any(name.endswith(end) for name in heads for end in config.modules_to_save):
         raise ValueError(f"modules_to_save matches no module: {_nearest(config.modules_to_save, list(modules))}")
-    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+    everything = names_all_linear(config)
     output_head = _output_head(model, config) if everything else None
-    targets: dict[str, nn.Module] = {}
-    skipped: dict[str, str] = {}
+    planned = Plan(config, {}, heads, {}, {})
     for name, module in modules.items():
-        wanted = is_linear(module) if everything else _named(name, config.target_modules)
-        if _named(name, config.exclude_modules):
-            reason = "in exclude_modules"
-        elif _in_heads(name, config, heads):
-            reason = "in modules_to_save"
-        elif not wanted:
-            reason = "not in target_modules"
-        elif module is output_head:
-            reason = "output head"
-        elif not everything and not isinstance(config.target_modules, str) and not _layer_index_matches(config, name):
-            reason = "not in layers_to_transform"
-        elif (problem := _unsupported(model, name, module)) is None:
-            targets[name] = module
-            continue
-        elif everything:
-            reason = problem
-        else:
+        reason = why_not(config, name, heads)
+        if reason is None and everything:
+            reason = "output head" if module is output_head else _unsupported(model, name, module)
+        elif reason is None and (problem := _unsupported(model, name, module)):
             raise ValueError(f"target_modules: {name} {problem}")
-        if is_linear(module):
-            skipped[name] = reason
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and name not in modules and is_linear(module):
-            first = next(other for other, candidate in modules.items() if candidate is module)
-            skipped[name] = f"the same module as {first}, which alone is adapted"
-    for name, module in targets.items():
+        if reason is None:
+            planned.targets[name] = module
+        elif is_linear(module):
+            planned.skipped[name] = reason
+    for name, module in planned.targets.items():
         if module.weight.is_meta:  # magnitudes start as the norms of the loaded weight
             raise ValueError(f"{name} has its weight on the meta device: load the weights first")
-    if not targets:
-        raise ValueError(_no_match(config, modules, skipped))
-    return Plan(config, targets, heads, skipped)
+        if fused_name(config, name) is not None:
+            planned.slices[name] = slice_sizes(model, name, features(module)[0])
+    if not planned.targets:
+        raise ValueError(_no_match(config, modules, planned.skipped))
+    for key in config.fused_slices or {}:
+        if not any(_named(name, [key]) for name in planned.targets):
+            raise ValueError(f"fused_slices matches no module: {_nearest([key], _linear_names(modules))}")
+    _skip_shared(model, modules, planned)
+    _note_unmatched(modules, planned)
+    return planned
 
 
-def _in_heads(name: str, config: DoraConfig, heads: dict[str, nn.Module]) -> bool:
+def _note_unmatched(modules: dict[str, nn.Module], planned: Plan) -> None:
+    """Note the names of a list that match nothing, which PEFT passes over as long as another one matches."""
+    targets = planned.config.target_modules
+    for name in targets if isinstance(targets, list) else []:
+        if not any(_named(existing, [name]) for existing in modules):
+            planned.skipped[name] = "in target_modules, but the model has no such module"
+    for end in planned.config.modules_to_save or []:
+        if not any(name.endswith(end) for name in planned.heads):
+            planned.skipped[end] = "in modules_to_save, but the model has no such module"
+
+
+def _skip_shared(model: nn.Module, modules: dict[str, nn.Module], planned: Plan) -> None:
+    """Note the other names of a module that stands in several places: PEFT adapts the first alone, and so do we."""
+    first = {id(module): name for name, module in modules.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and name not in modules and is_linear(module):
+            planned.skipped[name] = f"the same module as {first[id(module)]}, the only one considered"
+
+
+def layer_shapes(planned: Plan) -> dict[str, tuple[int, int, int]]:
+    """(out_features, in_features, r) of every DoRA layer that a plan makes, by name."""
+    config = planned.config
+    shapes: dict[str, tuple[int, int, int]] = {}
+    for name, module in planned.targets.items():
+        out_features, in_features = features(module)
+        outputs = {name: out_features}
+        if name in planned.slices:
+            outputs = {f"{name}.{part}": planned.slices[name][part] for part in _slices(config, name)}
+        shapes |= {layer: (size, in_features, config.rank_of(layer)) for layer, size in outputs.items()}
+    return shapes
+
+
+def _in_heads(name: str, config: DoraConfig, heads: Iterable[str]) -> bool:
     if any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in config.heads):
         return True
     return any(name == head or name.startswith(f"{head}.") for head in heads)
 
 
 def _no_match(config: DoraConfig, modules: dict[str, nn.Module], skipped: dict[str, str]) -> str:
-    wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
-    left_out = [f"{name} is {reason}" for name, reason in skipped.items() if reason != "not in target_modules"]
+    wanted = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules or [])
+    wanted += config.fused_slices or []
+    left_out = [f"{name} is {reason}" for name, reason in skipped.items() if reason != NOT_NAMED]
     if left_out:
         return f"target_modules={config.target_modules!r} leaves no layer to adapt: {'; '.join(left_out[:3])}"
-    linear = [name for name, module in modules.items() if is_linear(module)]
-    return f"target_modules matches no module: {_nearest(wanted, linear)}"
+    return f"target_modules matches no module: {_nearest(wanted, _linear_names(modules))}"
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
+    return [name for name, module in modules.items() if is_linear(module)]
 
 
 def _nearest(wanted: list[str], names: list[str]) -> str:
@@ -177,12 +244,12 @@ def _nearest(wanted: list[str], names: list[str]) -> str:
     return ", ".join(texts)
 
 
-def replace(model: nn.Module, planned: Plan) -> dict[str, FusedDoraLinear]:
+def replace(model: nn.Module, planned: Plan) -> None:
     """Carry out a plan: put the DoRA layers in, copy the modules to save, freeze everything else. All or nothing."""
     config = planned.config
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        layers = {name: _layer(name, module, config) for name, module in planned.targets.items()}
+        made = {name: _target(name, module, planned) for name, module in planned.targets.items()}
         heads = {name: copy.deepcopy(module) for name, module in planned.heads.items()}
     except BaseException:
         for parameter, flag in flags:
@@ -190,19 +257,38 @@ def replace(model: nn.Module, planned: Plan) -> dict[str, FusedDoraLinear]:
         raise
     for parameter, _ in flags:
         parameter.requires_grad_(False)
-    for name, module in {**layers, **heads}.items():
+    for name, module in {**made, **heads}.items():
         put(model, name, module)
     for head in heads.values():
         for parameter in head.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     setattr(model, CONFIG_ATTRIBUTE, copy.deepcopy(config))
-    return layers
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and `torch.compile` wrappers, whose names PEFT's files are about."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Let `module` stand where the submodule of this name is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _target(name: str, module: nn.Module, planned: Plan) -> nn.Module:
+    if name not in planned.slices:
+        return _layer(name, module, planned.config)
+    parts = split(module, planned.slices[name])
+    for part in _slices(planned.config, name):
+        parts[part] = _layer(f"{name}.{part}", parts[part], planned.config)
+    return FusedDoraSlices(parts).train(module.training)
 
 
 def _layer(name: str, module: nn.Module, config: DoraConfig) -> FusedDoraLinear:

@@ -1,0 +1,60 @@
+"""What the kernels share: matrix products, rounding, the scale of a row and a tile of the low-rank product."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NORM_FLOOR = 1e-18  # as in reference.py: a row with a smaller norm keeps the scale 1
+_FLOOR = tl.constexpr(NORM_FLOOR)
+INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b: operands of one 16-bit dtype go to the tensor cores as they are, others as fp32 under PRECISION."""
+    if (a.dtype == b.dtype) and (a.dtype == tl.bfloat16 or a.dtype == tl.float16) and not INTERPRETING:
+        return tl.dot(a, b, acc)
+    else:  # the interpreter multiplies bf16 operands as integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """x in another dtype, rounded to nearest even (the interpreter's own cast to bf16 truncates)."""
+    if INTERPRETING and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def row_scale(magnitude, norm):
+    """c = magnitude / norm where norm >= NORM_FLOOR, else 1."""
+    above = norm >= _FLOOR
+    return tl.where(above, tl.div_rn(magnitude.to(tl.float32), tl.where(above, norm, 1.0)), 1.0)
+
+
+@triton.jit
+def inverse_norm(norm):
+    """1 / norm where norm >= NORM_FLOOR, else 0."""
+    above = norm >= _FLOOR
+    return tl.where(above, tl.div_rn(1.0, tl.where(above, norm, 1.0)), 0.0)
+
+
+@triton.jit
+def low_rank_tile(
+    lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, stride_lora_A, stride_lora_B,
+    RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """(lora_B @ lora_A)[row, col] in fp32; row and col are int64."""
+    product = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    for chunk in tl.range(0, RANK_CHUNKS):
+        rank = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        rank_ok = rank < r
+        b = tl.load(lora_B_ptr + row[:, None] * stride_lora_B + rank[None, :], row_ok[:, None] & rank_ok[None, :], 0.0)
+        a = tl.load(lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :], rank_ok[:, None] & col_ok[None, :], 0.0)
+        product = dot(b, a, product, PRECISION)
+    return product

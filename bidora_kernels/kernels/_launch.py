@@ -1,0 +1,63 @@
+"""What the launchers share: a launch on the right device, a count of launches, tile and precision choice."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tiles import Tile, tile_for
+
+LAUNCHES: collections.Counter[str] = collections.Counter()  # launches per kernel in this process
+
+
+def run(name: str, kernel: Any, grid: tuple[int, ...], anchor: Tensor, *args: Any, **options: Any) -> None:
+    """Launch a kernel on the device of `anchor` and count it under `name`."""
+    LAUNCHES[name] += 1
+    guard = torch.cuda.device(anchor.device) if anchor.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def tile(kernel: str, r: int, *operands: Tensor | None) -> Tile:
+    """The tile for a kernel whose streamed operands are these."""
+    present = [operand for operand in operands if operand is not None]
+    widest = max(operand.element_size() for operand in present)
+    device = present[0].device
+    architecture = _architecture(device.index or 0) if device.type == "cuda" else "default"
+    return tile_for(kernel, r, widest, architecture)
+
+
+def precision(*operands: Tensor | None) -> str:
+    """How fp32 matrix products run: with 16-bit operands one tf32 pass holds them exactly, fp32 operands take three."""
+    if torch.version.hip is not None:
+        return "ieee"
+    wide = any(operand is not None and operand.element_size() > 2 for operand in operands)
+    return "tf32x3" if wide else "tf32"
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its columns are contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def splits_for(blocks: int, steps: int, programs: int = 512, least_steps: int = 4) -> int:
+    """Into how many parts a loop of `steps` is split for about `programs` programs in all; depends on shapes alone."""
+    return max(1, min(cdiv(programs, max(blocks, 1)), steps // least_steps))

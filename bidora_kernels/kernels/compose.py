@@ -1,0 +1,94 @@
+"""The output of a DoRA layer from its two library products (DoRA, arXiv:2402.09353, eq. 5; dropout as in PEFT).
+
+    output = c * (base + scaling * hidden @ lora_B^T) + bias,    c = magnitude / norm per out feature (1 where norm < 1e-18)
+    output = base + (c - 1) * base_dropped + c * scaling * hidden @ lora_B^T + bias    with dropout
+
+base = x @ weight^T and hidden = x @ lora_A^T, with dropout base_dropped = x_dropped @ weight^T and hidden = x_dropped @ lora_A^T.
+Everything is computed in fp32 and rounded once, so no form with a rounded delta is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._arithmetic import dot, round_to, row_scale
+from ._launch import cdiv, precision, rows, run, tile
+
+
+@triton.jit
+def _compose_kernel(
+    base_ptr, dropped_ptr, hidden_ptr, lora_B_ptr, magnitude_ptr, norm_ptr, bias_ptr, output_ptr,
+    tokens, out_features, r, scaling, stride_base, stride_dropped, stride_hidden, stride_lora_B, stride_output,
+    HAS_BIAS: tl.constexpr, HAS_DROPPED: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program writes one BLOCK_T x BLOCK_OUT tile; output may be base."""
+    out_tiles = tl.cdiv(out_features, BLOCK_OUT)
+    token = (tl.program_id(0) // out_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    col = (tl.program_id(0) % out_tiles).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    token_ok, col_ok = token < tokens, col < out_features
+    mask = token_ok[:, None] & col_ok[None, :]
+    # the large loads come first: the compiler does not move them above the product
+    base = tl.load(base_ptr + token[:, None] * stride_base + col[None, :], mask=mask, other=0.0)
+    if HAS_DROPPED:
+        dropped = tl.load(dropped_ptr + token[:, None] * stride_dropped + col[None, :], mask=mask, other=0.0)
+    low_rank = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
+    for chunk in tl.range(0, RANK_CHUNKS):
+        rank = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        rank_ok = rank < r
+        h = tl.load(hidden_ptr + token[:, None] * stride_hidden + rank[None, :], token_ok[:, None] & rank_ok[None, :], 0.0)
+        b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
+        low_rank = dot(h, tl.trans(round_to(b, h.dtype)), low_rank, PRECISION)
+    magnitude = tl.load(magnitude_ptr + col, mask=col_ok, other=0.0)
+    scale = row_scale(magnitude, tl.load(norm_ptr + col, mask=col_ok, other=0.0))
+    if HAS_DROPPED:
+        delta = (scale - 1.0)[None, :] * dropped.to(tl.float32) + (scale * scaling)[None, :] * low_rank
+        output = base.to(tl.float32) + delta
+    else:
+        output = scale[None, :] * (base.to(tl.float32) + scaling * low_rank)
+    if HAS_BIAS:
+        output += tl.load(bias_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    output = round_to(output, output_ptr.dtype.element_ty)
+    tl.store(output_ptr + token[:, None] * stride_output + col[None, :], output, mask=mask)
+
+
+def launch_compose(
+    base: Tensor,
+    hidden: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    base_dropped: Tensor | None = None,
+    output: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return [tokens, out] in `dtype` (base's by default), or fill `output`, which may be base.
+
+    base [tokens, out], hidden [tokens, r], lora_B [out, r], magnitude, bias [out], norm fp32 [out]. A 16-bit hidden rounds lora_B
+    to its dtype for the product; an fp32 hidden keeps it exact. Arguments were checked in ops/compose.py.
+    """
+    tokens, out_features = base.shape
+    r = hidden.shape[1]
+    base, hidden, lora_B = rows(base), rows(hidden), rows(lora_B)
+    base_dropped = None if base_dropped is None else rows(base_dropped)
+    if output is None:
+        output = torch.empty(tokens, out_features, dtype=dtype or base.dtype, device=base.device)
+    if tokens == 0 or out_features == 0:
+        return output
+    chosen = tile("compose", r, base, hidden, output)
+    run(
+        "compose", _compose_kernel, (cdiv(tokens, chosen["BLOCK_T"]) * cdiv(out_features, chosen["BLOCK_OUT"]),), base,
+        base, base if base_dropped is None else base_dropped, hidden, lora_B, magnitude, norm,
+        norm if bias is None else bias, output,
+        tokens, out_features, r, float(scaling),
+        base.stride(0), base.stride(0) if base_dropped is None else base_dropped.stride(0),
+        hidden.stride(0), lora_B.stride(0), output.stride(0),
+        HAS_BIAS=bias is not None, HAS_DROPPED=base_dropped is not None,
+        RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(hidden), **chosen,
+    )  # fmt: skip
+    return output

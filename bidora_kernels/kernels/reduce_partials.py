@@ -1,0 +1,100 @@
+"""Sums of per-tile partial results in a fixed order, so that every gradient is bitwise reproducible.
+
+output[j] = sum_p partials[p, j], optionally its square root, or divided by the row norm (DoRA, arXiv:2402.09353, eq. 5)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._arithmetic import inverse_norm, round_to
+from ._launch import cdiv, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One reduction: partials [parts, length] fp32 to [length].
+
+    norm: [length] fp32; the sum is divided by it, and is 0 where it lies below NORM_FLOOR. divisor: [length] of any dtype, for a
+    plain quotient that is 0 where the divisor is 0. root: take the square root. dtype: of the result.
+    """
+
+    partials: Tensor
+    norm: Tensor | None = None
+    divisor: Tensor | None = None
+    root: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+@triton.jit
+def _reduce_segment(
+    block, partials_ptr, divisor_ptr, output_ptr, parts, length,
+    FINISH: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    element = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element_ok = element < length
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, parts, BLOCK_PARTS):
+        part = (start + tl.arange(0, BLOCK_PARTS)).to(tl.int64)
+        mask = (part < parts)[:, None] & element_ok[None, :]
+        total += tl.sum(tl.load(partials_ptr + part[:, None] * length + element[None, :], mask=mask, other=0.0), axis=0)
+    if FINISH == 1:
+        total = tl.sqrt_rn(total)
+    if FINISH == 2:
+        total *= inverse_norm(tl.load(divisor_ptr + element, mask=element_ok, other=1.0))
+    if FINISH == 3:
+        divisor = tl.load(divisor_ptr + element, mask=element_ok, other=1.0).to(tl.float32)
+        total = tl.where(divisor == 0.0, 0.0, tl.div_rn(total, tl.where(divisor == 0.0, 1.0, divisor)))
+    tl.store(output_ptr + element, round_to(total, output_ptr.dtype.element_ty), mask=element_ok)
+
+
+@triton.jit
+def _reduce_partials_kernel(
+    partials_0_ptr, divisor_0_ptr, output_0_ptr, parts_0, length_0, blocks_0,
+    partials_1_ptr, divisor_1_ptr, output_1_ptr, parts_1, length_1, blocks_1,
+    partials_2_ptr, divisor_2_ptr, output_2_ptr, parts_2, length_2,
+    SEGMENTS: tl.constexpr, FINISH_0: tl.constexpr, FINISH_1: tl.constexpr, FINISH_2: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program sums BLOCK columns of one of up to three segments."""
+    block = tl.program_id(0)
+    if block < blocks_0:
+        _reduce_segment(block, partials_0_ptr, divisor_0_ptr, output_0_ptr, parts_0, length_0, FINISH_0, BLOCK_PARTS, BLOCK)
+    if SEGMENTS > 1:
+        block -= blocks_0
+        if (block >= 0) & (block < blocks_1):
+            _reduce_segment(block, partials_1_ptr, divisor_1_ptr, output_1_ptr, parts_1, length_1, FINISH_1, BLOCK_PARTS, BLOCK)
+    if SEGMENTS > 2:
+        block -= blocks_1
+        if block >= 0:
+            _reduce_segment(block, partials_2_ptr, divisor_2_ptr, output_2_ptr, parts_2, length_2, FINISH_2, BLOCK_PARTS, BLOCK)
+
+
+def launch_reduce_partials(*segments: Segment, block: int = 128, block_parts: int = 8) -> list[Tensor]:
+    """Return one [length] tensor per segment; up to three segments share one launch."""
+    outputs, args, finishes = [], [], []
+    total_blocks = 0
+    for segment in segments:
+        parts, length = segment.partials.shape
+        output = torch.empty(length, dtype=segment.dtype, device=segment.partials.device)
+        divisor = segment.norm if segment.norm is not None else segment.divisor
+        blocks = cdiv(length, block)
+        args += [segment.partials, output if divisor is None else divisor, output, parts, length, blocks]
+        finishes.append(1 if segment.root else 2 if segment.norm is not None else 3 if segment.divisor is not None else 0)
+        outputs.append(output)
+        total_blocks += blocks
+    for _ in range(3 - len(segments)):
+        args += [*args[:3], 0, 0, 0]
+        finishes.append(0)
+    if total_blocks:
+        run(
+            "reduce_partials", _reduce_partials_kernel, (total_blocks,), segments[0].partials, *args[:-1],
+            SEGMENTS=len(segments), FINISH_0=finishes[0], FINISH_1=finishes[1], FINISH_2=finishes[2],
+            BLOCK_PARTS=block_parts, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return outputs

@@ -1,0 +1,89 @@
+"""Row norms of a DoRA-updated weight, without storing that weight (DoRA, arXiv:2402.09353, eq. 5).
+
+weight_norm[i] = || weight[i, :] + scaling * (lora_B @ lora_A)[i, :] ||_2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._arithmetic import dot, low_rank_tile
+from ._launch import cdiv, precision, rows, run, splits_for, tile
+from .reduce_partials import Segment, launch_reduce_partials
+
+
+@triton.jit
+def _weight_norm_kernel(
+    weight_ptr, lora_A_ptr, lora_B_ptr, sum_ptr, out_features, in_features, r, split_size, scaling,
+    stride_weight_out, stride_weight_in, stride_set_A, stride_lora_A, stride_set_B, stride_lora_B,
+    SETS: tl.constexpr, SETS_PADDED: tl.constexpr, ROOT: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program sums the squares of BLOCK_OUT rows over one split of in_features, for every (lora_A, lora_B) set."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row_ok = row < out_features
+    split = tl.program_id(1)
+    set_index = tl.arange(0, SETS_PADDED)
+    sum_sq = tl.zeros((BLOCK_OUT, SETS_PADDED), tl.float32)
+    ONE_TILE_OF_B: tl.constexpr = SETS == 1 and RANK_CHUNKS == 1
+    if ONE_TILE_OF_B:
+        rank = tl.arange(0, BLOCK_R).to(tl.int64)
+        b = tl.load(lora_B_ptr + row[:, None] * stride_lora_B + rank[None, :], row_ok[:, None] & (rank < r)[None, :], 0.0)
+    for start in tl.range(split * split_size, tl.minimum((split + 1) * split_size, in_features), BLOCK_IN):
+        col = (start + tl.arange(0, BLOCK_IN)).to(tl.int64)
+        col_ok = col < in_features
+        w = tl.load(
+            weight_ptr + row[:, None] * stride_weight_out + col[None, :] * stride_weight_in,
+            mask=row_ok[:, None] & col_ok[None, :], other=0.0,
+        )  # fmt: skip
+        for index in tl.static_range(SETS):
+            if ONE_TILE_OF_B:
+                a = tl.load(lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :], (rank < r)[:, None] & col_ok[None, :], 0.0)
+                low_rank = dot(b, a, tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32), PRECISION)
+            else:
+                low_rank = low_rank_tile(
+                    lora_A_ptr + index * stride_set_A, lora_B_ptr + index * stride_set_B, row, row_ok, col, col_ok, r,
+                    stride_lora_A, stride_lora_B, RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
+                )  # fmt: skip
+            updated = w.to(tl.float32) + scaling * low_rank
+            sum_sq += tl.where(set_index[None, :] == index, tl.sum(updated * updated, axis=1)[:, None], 0.0)
+    if ROOT:
+        sum_sq = tl.sqrt_rn(sum_sq)
+    offset = (split * SETS + set_index)[None, :].to(tl.int64) * out_features + row[:, None]
+    tl.store(sum_ptr + offset, sum_sq, mask=row_ok[:, None] & (set_index < SETS)[None, :])
+
+
+def launch_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Return fp32 [out]; arguments were checked in ops/weight_norm.py."""
+    return launch_weight_norms(weight, [(lora_A, lora_B)], scaling)[0]
+
+
+def launch_weight_norms(weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
+    """Return fp32 [len(sets), out]: the norms for several (lora_A, lora_B) of one rank and dtype, in one pass over weight."""
+    out_features, in_features = weight.shape
+    if len(sets) == 1:
+        lora_A, lora_B = rows(sets[0][0])[None], rows(sets[0][1])[None]
+    else:
+        lora_A, lora_B = torch.stack([a for a, _ in sets]), torch.stack([b for _, b in sets])
+    r = lora_A.shape[1]
+    chosen = tile("weight_norm", r, weight, lora_A, lora_B)
+    blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
+    splits = splits_for(blocks, steps)
+    sums = torch.empty(splits, len(sets), out_features, dtype=torch.float32, device=weight.device)
+    if out_features == 0:
+        return sums[0]
+    run(
+        "weight_norm", _weight_norm_kernel, (blocks, splits), weight,
+        weight, lora_A, lora_B, sums, out_features, in_features, r, cdiv(steps, splits) * chosen["BLOCK_IN"], float(scaling),
+        *weight.stride(), lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1),
+        SETS=len(sets), SETS_PADDED=triton.next_power_of_2(len(sets)), ROOT=splits == 1,
+        RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(lora_A, lora_B), **chosen,
+    )  # fmt: skip
+    if splits == 1:
+        return sums[0]
+    return launch_reduce_partials(Segment(sums.view(splits, -1), root=True))[0].view(len(sets), out_features)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bidora_kernels.kernels._launch import LAUNCHES
+from bidora_kernels.kernels.reduce_partials import Segment, launch_reduce_partials
+
+from . import comparison  # noqa: F401 (skips this module without the interpreter)
+
+
+def test_three_segments_in_one_launch() -> None:
+    first, second, third = torch.rand(9, 300), torch.rand(1, 70), torch.rand(17, 5)
+    norm = torch.tensor([2.0, 1e-19, 0.0, 1.0, 4.0])
+    before = LAUNCHES["reduce_partials"]
+    got = launch_reduce_partials(Segment(first, dtype=torch.bfloat16), Segment(second, root=True), Segment(third, norm=norm))
+    assert LAUNCHES["reduce_partials"] == before + 1
+    assert got[0].dtype == torch.bfloat16
+    torch.testing.assert_close(got[0], first.double().sum(0).bfloat16(), rtol=0, atol=2**-7 * 8)
+    torch.testing.assert_close(got[1], second[0].sqrt())
+    torch.testing.assert_close(got[2], torch.where(norm >= 1e-18, third.sum(0) / norm.clamp_min(1e-9), 0.0))
+
+
+@pytest.mark.parametrize("parts", [0, 1, 7, 8, 9, 100])
+@pytest.mark.parametrize("length", [0, 1, 127, 129])
+def test_sums(parts: int, length: int) -> None:
+    partials = torch.rand(parts, length)
+    (got,) = launch_reduce_partials(Segment(partials))
+    expected = partials.double().sum(0)
+    additions = parts / 8 + 4  # one per block of 8 parts, and a tree of 3 levels within a block
+    assert ((got - expected).abs() <= additions * 2.0**-24 * expected).all()
+
+
+def test_a_plain_divisor_of_zero_gives_zero() -> None:
+    partials, divisor = torch.ones(2, 3), torch.tensor([2.0, 0.0, -4.0])
+    (got,) = launch_reduce_partials(Segment(partials, divisor=divisor))
+    assert torch.equal(got, torch.tensor([1.0, 0.0, -0.5]))
+
+
+def test_the_order_of_the_sum_is_fixed_by_the_shape() -> None:
+    partials = torch.randn(33, 40) * 10.0 ** torch.randint(-6, 6, (33, 1))
+    alone = launch_reduce_partials(Segment(partials))[0]
+    beside = launch_reduce_partials(Segment(torch.rand(5, 999)), Segment(partials))[1]
+    assert torch.equal(alone, beside)

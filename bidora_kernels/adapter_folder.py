@@ -32,14 +32,20 @@ def write_files(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor]
         config.write_text(text, encoding="utf-8")
         for path in (weights, config):
             _flush(path)
-        old = folder / CONFIG_FILE
-        if old.is_symlink() or (old.exists() and old.read_bytes() != text.encode()):
-            old.unlink()
+        if not _holds(folder / CONFIG_FILE, text.encode()):
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
         os.replace(weights, folder / WEIGHTS_FILE)
-        os.replace(config, old)
+        os.replace(config, folder / CONFIG_FILE)
     finally:
         for path in (weights, config):
             path.unlink(missing_ok=True)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except FileNotFoundError:
+        return False
 
 
 def _flush(path: Path) -> None:

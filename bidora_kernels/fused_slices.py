@@ -51,17 +51,20 @@ class FusedDoraSlices(nn.Module):
 
     def to_plain(self) -> nn.Module:
         """Return the whole projection as one plain layer of the kind it was, with the merged weights."""
-        plain = [_plain(part) for part in self.children()]
+        plain = [plain_layer(part) for part in self.children()]
         along = 0 if isinstance(plain[0], nn.Linear) else 1
         weight = torch.cat([part.weight.detach() for part in plain], dim=along)
         bias = None if plain[0].bias is None else torch.cat([part.bias.detach() for part in plain])
         return _like(plain[0], weight, bias).train(self.training)
 
 
-def _plain(part: nn.Module) -> Any:
-    if isinstance(part, FusedDoraConv1D):
-        return part.to_conv1d()
-    return part.to_linear() if isinstance(part, FusedDoraLinear) else part
+def plain_layer(module: nn.Module) -> Any:
+    """The plain layer with the merged weight of a DoRA layer or of a set of slices; a plain layer itself."""
+    if isinstance(module, FusedDoraSlices):
+        return module.to_plain()
+    if isinstance(module, FusedDoraConv1D):
+        return module.to_conv1d()
+    return module.to_linear() if isinstance(module, FusedDoraLinear) else module
 
 
 def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from .adapter_files import load_adapter, save_adapter
 from .config import DoraConfig
-from .fused_slices import FusedDoraSlices
-from .modules import FusedDoraConv1D, FusedDoraLinear
+from .fused_slices import FusedDoraSlices, plain_layer
+from .modules import FusedDoraLinear
 from .targets import CONFIG_ATTRIBUTE, dora_layers, plan, put, replace, unwrap
 
 __all__ = ["DoraReport", "apply_dora", "load_adapter", "merge_and_unload", "save_adapter", "split_parameters"]
@@ -110,22 +109,20 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     `safe_merge`, where a merged weight is not finite.
     """
     inner = unwrap(model)
-    plain: dict[str, Any] = {}
-    for name, module in inner.named_modules():
-        if isinstance(module, FusedDoraSlices):
-            plain[name] = module.to_plain()
-        elif isinstance(module, FusedDoraLinear) and name.rpartition(".")[0] not in plain:
-            plain[name] = module.to_conv1d() if isinstance(module, FusedDoraConv1D) else module.to_linear()
-        else:
-            continue
-        if safe_merge and not bool(plain[name].weight.isfinite().all()):
-            raise ValueError(f"the merged weight of {name or 'the layer'} is not finite; nothing was merged")
-    if not plain:
+    layers = dora_layers(inner)
+    if not layers:
         raise ValueError("the model has no DoRA layers to merge")
-    if "" in plain:
-        return plain[""]
-    for name, module in plain.items():
-        put(inner, name, module)
+    for name, layer in layers.items() if safe_merge else ():
+        if not bool(layer.merged_weight().isfinite().all()):
+            raise ValueError(f"the merged weight of {name or 'the layer'} is not finite; nothing was merged")
+    fused = {name: module for name, module in inner.named_modules() if isinstance(module, FusedDoraSlices)}
+    for name, module in {**layers, **fused}.items():
+        if name.rpartition(".")[0] in fused:
+            continue
+        plain = plain_layer(module)
+        if not name:
+            return plain
+        put(inner, name, plain)
     if hasattr(inner, CONFIG_ATTRIBUTE):
         delattr(inner, CONFIG_ATTRIBUTE)
     return model

@@ -19,6 +19,7 @@ from .modules import FusedDoraConv1D, FusedDoraLinear
 ALL_LINEAR = "all-linear"
 CONFIG_ATTRIBUTE = "dora_config"  # where apply_dora leaves the configuration, for save_adapter
 NOT_NAMED = "not in target_modules"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HEAD_NAMES = ("score", "classifier")  # where PEFT looks for the head of a sequence classifier
 
 
@@ -99,6 +100,8 @@ def _unsupported(model: nn.Module, name: str, module: nn.Module) -> str | None:
     forward = type(module).forward
     if forward is not nn.Linear.forward and not (is_conv1d(module) and kind == "Conv1D"):
         return f"is a {kind}, which computes something else than its parent class"
+    if "forward" in vars(module) or any(hooks for field, hooks in vars(module).items() if field in _HOOKS):
+        return "has hooks or a forward of its own, which a DoRA layer in its place would not have"
     if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
         return f"is a {kind} whose weight is not a floating-point parameter"
     return None
@@ -172,6 +175,8 @@ def plan(model: nn.Module, config: DoraConfig) -> Plan:
             raise ValueError(f"{name} has its weight on the meta device: load the weights first")
         if fused_name(config, name) is not None:
             planned.slices[name] = slice_sizes(model, name, features(module)[0])
+            left = [part for part in planned.slices[name] if part not in _slices(config, name)]
+            planned.skipped |= {f"{name}.{part}": "not in fused_slices" for part in left}
     if not planned.targets:
         raise ValueError(_no_match(config, modules, planned.skipped))
     for key in config.fused_slices or {}:

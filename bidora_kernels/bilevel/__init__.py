@@ -1,0 +1,22 @@
+"""Bilevel optimization of two groups of parameters: the lower level on train batches, the upper one on validation batches."""
+
+from .estimators import CentralDifference, DoubleBackward, FirstOrder, ForwardDifference
+from .optimizer import BilevelOptimizer, StepStats
+from .passes import MicroBatches
+from .penalty import OrthogonalPenalty
+from .presets import BilevelPreset, preset
+from .sama import Sama
+
+__all__ = [
+    "BilevelOptimizer",
+    "BilevelPreset",
+    "CentralDifference",
+    "DoubleBackward",
+    "FirstOrder",
+    "ForwardDifference",
+    "MicroBatches",
+    "OrthogonalPenalty",
+    "Sama",
+    "StepStats",
+    "preset",
+]

@@ -1,0 +1,154 @@
+"""How the second-order term of the hypergradient is taken: one small configuration object per method.
+
+All of them estimate `direct - q(w)`, where `direct` is the validation loss's own gradient with respect to the magnitudes, and
+q(w) = d/dV d/dM L_train(V, M) applied to a vector w over the directions (BiDoRA, arXiv:2410.09758, eq. 7-8). They differ in w
+and in how q is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from .flat import Vector
+
+if TYPE_CHECKING:
+    from .train_loss import TrainLoss
+
+RELATIVE_RADIUS_CEILING = 0.01  # of the directions' length; beyond it the differences' truncation dominates
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """What every estimator answers; the defaults are those of a method without a second-order term."""
+
+    @property
+    def has_second_order(self) -> bool:
+        """Whether there is a second-order term at all."""
+        return True
+
+    @property
+    def reuses_lower_gradient(self) -> bool:
+        """Whether the lower pass must also give the magnitudes' gradient."""
+        return False
+
+    @property
+    def takes_xi(self) -> bool:
+        """Whether `xi` and `unroll` mean something to it."""
+        return True
+
+    def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
+        """q(vector), over the magnitudes."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstOrder(Estimator):
+    """h = grad_M L_val alone: the second-order term is left out (the paper's ablation xi = 0).
+
+    Passes: the lower one and the validation pass, which computes the magnitudes' gradient only. `at` says where: "after" the
+    lower step (the default), or "before" it, as the ablation reads, in which the directions have not moved. To be taken where the
+    directions hardly answer to the magnitudes within the horizon, as early in training with a small learning rate.
+    """
+
+    at: str = "after"
+
+    def __post_init__(self) -> None:
+        """Check `at`."""
+        _check_at(self.at)
+
+    @property
+    def has_second_order(self) -> bool:
+        """None."""
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class CentralDifference(Estimator):
+    """q(w) = (grad_M L_train(V + e w, M) - grad_M L_train(V - e w, M)) / 2e (BiDoRA, eq. 8), the paper's own method.
+
+    Passes: two more over the train batch, of the magnitudes' gradient only. Error O(e^2); e |w| is the radius. `at`: around the
+    directions "before" the lower step, as the paper writes, or "after" it, as its code and Betty do. `relative_radius`: the
+    radius as a fraction of the directions' length; None takes it from the compute dtype. To be taken where a one-sided
+    difference is too coarse: large steps, strong curvature.
+    """
+
+    at: str = "before"
+    relative_radius: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        _check_at(self.at)
+        _check_radius(self.relative_radius)
+
+    def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
+        """Two passes, on either side."""
+        point = loss.before if self.at == "before" else loss.after
+        step = loss.step_size(vector, self.relative_radius, central=True)
+        forward = loss.magnitude_gradient(point, vector, step)
+        backward = loss.magnitude_gradient(point, vector, -step)
+        return loss.difference(forward, backward, 2.0 * step)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardDifference(Estimator):
+    """q(w) = (grad_M L_train(V + e w, M) - grad_M L_train(V, M)) / e: one pass fewer than eq. 8.
+
+    Passes: one more over the train batch, of the magnitudes' gradient only: the gradient at V comes with the lower pass on the
+    same rows (with a `difference_batch` it is computed again on that part). Error O(e). `relative_radius` as in
+    `CentralDifference`. The right choice nearly always.
+    """
+
+    relative_radius: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        _check_radius(self.relative_radius)
+
+    @property
+    def reuses_lower_gradient(self) -> bool:
+        """Yes: it is the difference's base."""
+        return True
+
+    def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
+        """One pass, on one side, against the lower pass's own gradient."""
+        step = loss.step_size(vector, self.relative_radius, central=False)
+        forward = loss.magnitude_gradient(loss.before, vector, step)
+        return loss.difference(forward, loss.base_gradient(), step)
+
+
+@dataclasses.dataclass(frozen=True)
+class DoubleBackward(Estimator):
+    """q(w) exactly, by differentiating the train loss's gradient: grad_M (grad_V L_train . w), the norm differentiated.
+
+    Passes: one more, with its graph kept for a second backward, so about two to three passes of time and twice the memory. It
+    runs on the reference operations under the math SDPA backend, and raises RuntimeError, naming the operator, where the model
+    has one without a second derivative. The oracle of tests, and an exact answer for small models.
+    """
+
+    def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
+        """One doubly differentiated pass."""
+        return loss.double_backward(vector)
+
+
+def relative_radius(dtype: torch.dtype, central: bool) -> float:
+    """The perturbation's length as a fraction of the directions', for passes computed in `dtype`.
+
+    Rounding costs about eps / radius and truncation radius^2 (central) or radius (one-sided); their sum is least at eps^(1/3) and
+    eps^(1/2).
+    """
+    eps = torch.finfo(dtype).eps
+    return min(RELATIVE_RADIUS_CEILING, eps ** (1 / 3) if central else eps ** (1 / 2))
+
+
+def _check_at(at: str) -> None:
+    if at not in ("before", "after"):
+        raise ValueError(f'at must be "before" or "after", got {at!r}')
+
+
+def _check_radius(radius: float | None) -> None:
+    if radius is not None and not (math.isfinite(radius) and radius > 0):
+        raise ValueError(f"relative_radius must be a positive number or None, got {radius}")

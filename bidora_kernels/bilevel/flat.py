@@ -1,0 +1,154 @@
+"""Parameters in one contiguous buffer per dtype and device, so that perturbing and restoring them is one kernel each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._context import bump_parameter_epoch
+
+ALIGNMENT = 64  # bytes between the starts of two parameters, so that every view is as aligned as a tensor of its own
+
+Vector = list[Tensor]  # one flat tensor per buffer of a FlatParameters, in its order
+
+
+class FlatParameters:
+    """A list of parameters whose values lie in flat buffers, grouped by dtype and device; the parameters are views.
+
+    The parameters stay what they were to everybody else: optimizers, `state_dict` and the model's code see the same objects.
+    Padding between parameters is zero and stays zero.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Move the parameters' values into flat buffers. Raises ValueError for none, or for one that occurs twice."""
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("a level needs at least one parameter, got none")
+        if len({id(parameter) for parameter in self.parameters}) < len(self.parameters):
+            raise ValueError("a parameter occurs twice in one level")
+        for parameter in self.parameters:
+            if not parameter.is_floating_point() or parameter.layout != torch.strided or hasattr(parameter, "placements"):
+                raise TypeError(
+                    "parameters must be dense, unsharded and floating-point, got "
+                    f"{type(parameter.data).__name__} of dtype {str(parameter.dtype).removeprefix('torch.')}"
+                )
+        self._shapes = [parameter.shape for parameter in self.parameters]
+        self.buffers: list[Tensor] = []
+        self._alias()
+
+    def _alias(self) -> None:
+        """Lay out buffers for the parameters as they are now, copy the values, and make the parameters views."""
+        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
+        self._places: list[tuple[int, int]] = []  # buffer, offset
+        for parameter in self.parameters:
+            key = (parameter.dtype, parameter.device)
+            offset = sizes.setdefault(key, 0)
+            self._places.append((list(sizes).index(key), offset))
+            quantum = ALIGNMENT // parameter.element_size()
+            sizes[key] = offset + math.ceil(parameter.numel() / quantum) * quantum
+        self.buffers = [torch.zeros(size, dtype=dtype, device=device) for (dtype, device), size in sizes.items()]
+        views = self.views(self.buffers)
+        copy_all(views, [parameter.detach() for parameter in self.parameters])
+        for parameter, view in zip(self.parameters, views, strict=True):
+            parameter.data = view
+        self._addresses = [view.data_ptr() for view in views]
+        bump_parameter_epoch()
+
+    def refresh(self) -> bool:
+        """Alias again, values kept, where a parameter's storage was replaced since; returns whether that was so.
+
+        Raises ValueError where a shape changed.
+        """
+        moved = False
+        for parameter, shape, address, (buffer, _) in zip(
+            self.parameters, self._shapes, self._addresses, self._places, strict=True
+        ):
+            if parameter.shape != shape:
+                raise ValueError(
+                    f"a parameter must be {list(shape)}, as when the BilevelOptimizer was made, got {list(parameter.shape)}"
+                )
+            moved |= (
+                parameter.data_ptr() != address
+                or parameter.dtype != self.buffers[buffer].dtype
+                or parameter.device != self.buffers[buffer].device
+                or not parameter.is_contiguous()
+            )
+        if moved:
+            self._alias()
+        return moved
+
+    def views(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of a vector, one per parameter, in its shape."""
+        return [
+            vector[buffer][offset : offset + shape.numel()].view(shape)
+            for (buffer, offset), shape in zip(self._places, self._shapes, strict=True)
+        ]
+
+    def zeros(self) -> Vector:
+        """A vector of zeros."""
+        return [torch.zeros_like(buffer) for buffer in self.buffers]
+
+    def gather(self, tensors: Sequence[Tensor | None]) -> Vector:
+        """A new vector with one tensor per parameter, None being zero."""
+        vector = self.zeros()
+        pairs = [(view, tensor) for view, tensor in zip(self.views(vector), tensors, strict=True) if tensor is not None]
+        copy_all([view for view, _ in pairs], [tensor for _, tensor in pairs])  # type: ignore[misc]
+        return vector
+
+    def clone(self) -> Vector:
+        """A copy of the values."""
+        return [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def set(self, point: Vector, vector: Vector | None = None, scale: float = 0.0) -> None:
+        """Write `point`, or `point + scale * vector`, into the parameters."""
+        for number, buffer in enumerate(self.buffers):
+            if vector is None:
+                buffer.copy_(point[number])
+            else:
+                torch.add(point[number], vector[number], alpha=scale, out=buffer)
+        torch.clear_autocast_cache()
+        bump_parameter_epoch()
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each source into its target, in few kernels."""
+    with torch.no_grad():
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+
+def squared_norm(vector: Vector) -> Tensor:
+    """The sum of squares of a vector, a scalar in fp64 on the first buffer's device."""
+    device = vector[0].device
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64).square().to(device) for part in vector]
+    return torch.stack(norms).sum()
+
+
+def norm(vector: Vector) -> Tensor:
+    """The length of a vector, a scalar in fp64."""
+    return squared_norm(vector).sqrt()
+
+
+def dot(left: Vector, right: Vector) -> Tensor:
+    """The inner product of two vectors of one layout, a scalar in fp64."""
+    device = left[0].device
+    return torch.stack([(a.double() * b.double()).sum().to(device) for a, b in zip(left, right, strict=True)]).sum()
+
+
+def is_finite(vector: Vector) -> bool:
+    """Whether every value is finite."""
+    return all(bool(torch.isfinite(part).all()) for part in vector)
+
+
+def add(left: Vector, right: Vector, scale: float = 1.0) -> Vector:
+    """left + scale * right, new."""
+    return [torch.add(a, b, alpha=scale) for a, b in zip(left, right, strict=True)]
+
+
+def scaled(vector: Vector, factor: float) -> Vector:
+    """factor * vector, new."""
+    return [part * factor for part in vector]

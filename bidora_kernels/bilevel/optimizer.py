@@ -1,0 +1,433 @@
+"""The bilevel step: directions on the train batch, magnitudes on the validation batch through what the directions answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .estimators import Estimator, FirstOrder
+from .flat import FlatParameters, Vector, add, dot, is_finite, norm, scaled
+from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
+from .sama import Sama, check_lower_optimizer, step_derivative
+from .snapshot import Grads, OptimizerState, RandomState, SchedulerState
+from .train_loss import TrainLoss
+
+
+@dataclasses.dataclass(frozen=True)
+class StepStats:
+    """What a step did. All but the train loss, the passes, their seconds and `skipped` are None where it had no upper part.
+
+    train_loss, validation_loss: mean losses, the penalty left out; None where the step was skipped before them.
+    direct_norm, second_order_norm, cosine: the two terms of the hypergradient before `max_ratio` and clipping, and the cosine
+    between them; `second_order_norm` is 0, and `cosine` None, where the term was left out.
+    hypergradient_norm: the length of the hypergradient after `max_ratio`, before clipping.
+    ratio_capped: whether `max_ratio` cut the second-order term. radius: the length of the perturbation of a difference.
+    passes: forward and backward passes; pass_seconds: their seconds by kind.
+    skipped: why nothing was updated (under a GradScaler), or None.
+    """
+
+    train_loss: float | None
+    validation_loss: float | None = None
+    direct_norm: float | None = None
+    second_order_norm: float | None = None
+    cosine: float | None = None
+    hypergradient_norm: float | None = None
+    ratio_capped: bool | None = None
+    radius: float | None = None
+    passes: int = 0
+    pass_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    skipped: str | None = None
+
+
+@dataclasses.dataclass
+class _Hypergradient:
+    """The two terms, and what was seen on the way."""
+
+    train_loss: Tensor | None = None
+    validation_loss: Tensor | None = None
+    direct: Vector | None = None
+    second_order: Vector | None = None
+    radius: float | None = None
+
+
+class BilevelOptimizer:
+    """Takes the steps of a bilevel problem: min_M L_val(V*(M), M) with V*(M) = argmin_V L_train(V, M)  (BiDoRA, eq. 4-8).
+
+    V are the parameters of the optimizer `lower` (directions, a task head), M those of `upper` (magnitudes). One step: the lower
+    pass at (V, M); on an upper step the validation pass at the unrolled directions, the passes of the second-order term, and the
+    hypergradient h; then V and M take their optimizers' steps, both from the same (V, M).
+
+    model: given to `loss_fn`, else not called. estimator: how h is taken; the default `Sama()` differentiates the step that the
+    lower optimizer really takes. xi: the length of the unrolled step for the other estimators, None and "lr" the lower learning
+    rate per parameter group, or a number. unroll: "optimizer", the lower optimizer's own step, or "gradient", V - xi * gradient.
+    penalty: a callable model -> scalar, added to the lower level's loss. upper_every: an upper part on the first of every that
+    many steps. lower_scheduler, upper_scheduler: stepped once per step of their level. lower_max_norm, upper_max_norm: clip the
+    gradient, the hypergradient. grad_scaler: scales every pass; one pass that is not finite skips both updates. compute_dtype:
+    what the passes compute in, for the differences' radius; None takes what the DoRA layers saw, else the parameters' dtype.
+    difference_batch: train batch -> the part that the second-order term's passes use. process_group: average over its processes;
+    under DistributedDataParallel the default group is taken.
+
+    The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
+    anything raises changes nothing. After a step `.grad` is None. Random numbers: the train pass runs from the current state, the
+    validation pass goes on from there, the passes of the second-order term rewind to the train pass's start, and the step ends
+    where train and validation end; torch's generators only.
+
+    Raises TypeError or ValueError for settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        lower: torch.optim.Optimizer,
+        upper: torch.optim.Optimizer,
+        estimator: Estimator | None = None,
+        xi: float | str | None = None,
+        unroll: str = "optimizer",
+        penalty: Callable[[Any], Tensor] | None = None,
+        upper_every: int = 1,
+        lower_scheduler: Any = None,
+        upper_scheduler: Any = None,
+        lower_max_norm: float | None = None,
+        upper_max_norm: float | None = None,
+        grad_scaler: Any = None,
+        compute_dtype: torch.dtype | None = None,
+        difference_batch: Callable[[Any], Any] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        """Check the settings and move the parameters into flat buffers."""
+        self.model, self.lower, self.upper = model, lower, upper
+        self.estimator = Sama() if estimator is None else estimator
+        self.xi, self.unroll, self.penalty, self.upper_every = xi, unroll, penalty, upper_every
+        self.lower_scheduler, self.upper_scheduler = lower_scheduler, upper_scheduler
+        self.lower_max_norm, self.upper_max_norm = lower_max_norm, upper_max_norm
+        self.grad_scaler, self.compute_dtype, self.difference_batch = grad_scaler, compute_dtype, difference_batch
+        self.process_group = process_group
+        self._steps = 0
+        self._check()
+        self._direction = FlatParameters(_parameters(lower))
+        self._magnitude = FlatParameters(_parameters(upper))
+        if {id(p) for p in self._direction.parameters} & {id(p) for p in self._magnitude.parameters}:
+            raise ValueError("a parameter is in both the lower and the upper optimizer")
+        self._distributed = process_group is not None or (
+            isinstance(model, nn.parallel.DistributedDataParallel) and dist.is_available() and dist.is_initialized()
+        )
+
+    def _check(self) -> None:
+        if not isinstance(self.estimator, Estimator):
+            raise TypeError(f"estimator must be one of this library's estimators, got {type(self.estimator).__name__}")
+        if self.unroll not in ("optimizer", "gradient"):
+            raise ValueError(f'unroll must be "optimizer" or "gradient", got {self.unroll!r}')
+        if not self.estimator.takes_xi and (self.xi is not None or self.unroll != "optimizer"):
+            raise ValueError(f"{type(self.estimator).__name__} takes neither xi nor unroll")
+        number = isinstance(self.xi, int | float) and not isinstance(self.xi, bool)
+        if not (self.xi is None or self.xi == "lr" or (number and math.isfinite(self.xi) and self.xi >= 0)):  # type: ignore[arg-type,operator]
+            raise ValueError(f'xi must be None, "lr" or a number of 0 or more, got {self.xi!r}')
+        if not isinstance(self.upper_every, int) or isinstance(self.upper_every, bool) or self.upper_every < 1:
+            raise ValueError(f"upper_every must be a positive integer, got {self.upper_every!r}")
+        for name in ("lower_max_norm", "upper_max_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be a positive number or None, got {value}")
+        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
+            raise TypeError(f"compute_dtype must be a floating-point dtype, got {self.compute_dtype}")
+        if isinstance(self.estimator, Sama):
+            check_lower_optimizer(self.lower)
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the next step has an upper part; where it has none, `val_batch` may be None."""
+        return self._steps % self.upper_every == 0
+
+    def step(self, loss_fn: LossFunction, train_batch: Any, val_batch: Any = None) -> StepStats:
+        """Take one step and say what it did; `loss_fn(model, batch)` returns a scalar mean loss.
+
+        Raises ValueError where the step has an upper part and `val_batch` is None. Where anything raises nothing has changed.
+        """
+        with_upper = self.needs_validation
+        if with_upper and val_batch is None:
+            raise ValueError("this step has an upper part (needs_validation is True): val_batch must be given")
+        self._refresh()
+        undo = _Undo(self)
+        watch = Stopwatch(self._direction.buffers[0].device)
+        result = _Hypergradient()
+        try:
+            try:
+                self._compute(result, watch, undo, loss_fn, train_batch, val_batch if with_upper else None, keep=True)
+                stats = self._finish(result, watch)
+            except NonFinitePass as error:
+                undo.restore(random_state=False)
+                self._tell_scaler(finite=False)
+                _clear_grads(self)
+                return _stats(result, watch, skipped=str(error))
+        except BaseException:
+            undo.restore()
+            raise
+        self._steps += 1
+        return stats
+
+    def hypergradient(self, loss_fn: LossFunction, train_batch: Any, val_batch: Any, *, terms: bool = False) -> Any:
+        """The hypergradient as a list of tensors, one per upper parameter; nothing is updated.
+
+        With `terms` two such lists, the direct and the second-order term, whose sum is the hypergradient before `max_ratio`.
+        Parameters, `.grad`, optimizers, schedulers, the scaler and torch's random state are left as they were. Raises
+        FloatingPointError where, under a GradScaler, a pass is not finite.
+        """
+        self._refresh()
+        undo = _Undo(self)
+        result = _Hypergradient()
+        try:
+            watch = Stopwatch(self._direction.buffers[0].device)
+            self._compute(result, watch, undo, loss_fn, train_batch, val_batch, keep=False)
+            direct, second_order = self._terms(result)
+            if not terms:
+                return self._magnitude.views(self._capped(direct, second_order)[0])
+            return self._magnitude.views(direct), self._magnitude.views(second_order)
+        except NonFinitePass as error:
+            raise FloatingPointError(str(error)) from None
+        finally:
+            undo.restore()
+
+    def _refresh(self) -> None:
+        self._direction.refresh()
+        self._magnitude.refresh()
+
+    def _compute(
+        self,
+        result: _Hypergradient,
+        watch: Stopwatch,
+        undo: _Undo,
+        loss_fn: LossFunction,
+        train_batch: Any,
+        val_batch: Any,
+        keep: bool,
+    ) -> None:
+        """Run the passes into `result`; with `keep` the lower optimizer's step has been taken at the end."""
+        estimator, flat = self.estimator, self._direction
+        passes = Passes(self.model, flat, self._magnitude, self.grad_scaler, self.process_group, self._distributed, watch)
+        start, before = undo.random_state, undo.direction
+        reuse = val_batch is not None and estimator.reuses_lower_gradient and self.difference_batch is None
+        lower = passes.run("lower", loss_fn, train_batch, {"direction", "magnitude"} if reuse else {"direction"}, self.penalty)
+        undo.reached = RandomState(self._devices())
+        result.train_loss = passes.average_loss(lower.loss)
+        grads = lower.direction
+        if val_batch is None:
+            self._lower_step(grads)
+            return
+        base = self._magnitude.gather(lower.magnitude) if reuse else None
+        del lower
+
+        needs = {"direction", "magnitude"} if estimator.has_second_order else {"magnitude"}
+        jacobian, stepped = None, False
+        if isinstance(estimator, FirstOrder) and estimator.at == "before":
+            pass
+        elif self.unroll == "gradient":
+            flat.set(before, self._times_xi(flat.gather(grads)), -1.0)
+        else:
+            jacobian, stepped = self._lower_step(grads), True
+        validation = passes.run("validation", loss_fn, val_batch, needs)
+        undo.reached = RandomState(self._devices())
+        result.validation_loss = passes.average_loss(validation.loss)
+        result.direct = self._magnitude.gather(validation.magnitude)
+        if estimator.has_second_order:
+            vector = flat.gather(validation.direction)
+            seen = validation.seen_dtypes
+            del validation
+            if jacobian is not None:
+                torch._foreach_mul_(vector, jacobian)
+                del jacobian
+            elif estimator.takes_xi:
+                self._times_xi(vector)
+            after = flat.clone()
+            part = train_batch if self.difference_batch is None else self.difference_batch(train_batch)
+            loss = TrainLoss(passes, loss_fn, part, start, before, after, base, self._radius_dtype(seen))
+            try:
+                result.second_order = self._second_order(loss, vector)
+            finally:
+                flat.set(after)
+                undo.reached.restore()
+            result.radius = loss.radius
+        if keep and not stepped:
+            flat.set(before)
+            self._lower_step(grads)
+
+    def _second_order(self, loss: TrainLoss, vector: Vector) -> Vector | None:
+        """-q(vector), or None where the vector is zero or its length underflows."""
+        if float(norm(vector)) < torch.finfo(vector[0].dtype).tiny:
+            return None
+        return scaled(self.estimator.mixed_derivative(loss, vector), -1.0)
+
+    def _lower_step(self, grads: list[Tensor | None]) -> Vector | None:
+        """The lower optimizer's step on clipped gradients; for Sama also J, taken from the state before it."""
+        parameters = self._direction.parameters
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        clip = 1.0
+        if self.lower_max_norm is not None:
+            total = torch.nn.utils.clip_grad_norm_(parameters, self.lower_max_norm)
+            clip = min(1.0, self.lower_max_norm / (float(total) + 1e-6))
+        jacobian = None
+        if isinstance(self.estimator, Sama):
+            jacobian = step_derivative(self.lower, self._direction, grads, self.estimator.horizon, clip)
+        self.lower.step()
+        for parameter in parameters:
+            parameter.grad = None
+        return jacobian
+
+    def _times_xi(self, vector: Vector) -> Vector:
+        """vector * xi in place, xi being one number or the learning rate of each parameter's group."""
+        if self.xi is None or self.xi == "lr":
+            rates = {id(p): float(group["lr"]) for group in self.lower.param_groups for p in group["params"]}
+        else:
+            rates = {id(parameter): float(self.xi) for parameter in self._direction.parameters}
+        torch._foreach_mul_(self._direction.views(vector), [rates[id(p)] for p in self._direction.parameters])
+        return vector
+
+    def _radius_dtype(self, seen: set[torch.dtype]) -> torch.dtype:
+        """The coarsest dtype that a difference goes through."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        return max(seen | {buffer.dtype for buffer in self._direction.buffers}, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def _terms(self, result: _Hypergradient) -> tuple[Vector, Vector]:
+        direct = self._magnitude.zeros() if result.direct is None else result.direct
+        return direct, self._magnitude.zeros() if result.second_order is None else result.second_order
+
+    def _capped(self, direct: Vector, second_order: Vector) -> tuple[Vector, bool]:
+        """direct + second_order, the latter cut to Sama's max_ratio, and whether it was."""
+        ratio = getattr(self.estimator, "max_ratio", math.inf)
+        length, limit = float(norm(second_order)), ratio * float(norm(direct))
+        if length > limit:
+            return add(direct, second_order, limit / length), True
+        return add(direct, second_order), False
+
+    def _finish(self, result: _Hypergradient, watch: Stopwatch) -> StepStats:
+        """The upper update, the schedulers and the scaler."""
+        capped = None
+        if result.direct is not None:
+            direct, second_order = self._terms(result)
+            hypergradient, capped = self._capped(direct, second_order)
+            stats = _stats(result, watch, hypergradient, capped)
+            if self.grad_scaler is not None and not is_finite(hypergradient):
+                raise NonFinitePass("the hypergradient is not finite")
+            for parameter, view in zip(self._magnitude.parameters, self._magnitude.views(hypergradient), strict=True):
+                parameter.grad = view
+            if self.upper_max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self._magnitude.parameters, self.upper_max_norm)
+            self.upper.step()
+            for parameter in self._magnitude.parameters:
+                parameter.grad = None
+        else:
+            stats = _stats(result, watch)
+        self._tell_scaler(finite=True)
+        if self.lower_scheduler is not None:
+            self.lower_scheduler.step()
+        if self.upper_scheduler is not None and result.direct is not None:
+            self.upper_scheduler.step()
+        return stats
+
+    def _tell_scaler(self, finite: bool) -> None:
+        """Let the GradScaler grow or back off, by a gradient of a parameter that nobody trains."""
+        if self.grad_scaler is None or not self.grad_scaler.is_enabled():
+            return
+        device = self._direction.buffers[0].device
+        probe = nn.Parameter(torch.zeros((), device=device))
+        probe.grad = torch.zeros_like(probe) if finite else torch.full_like(probe, math.inf)
+        self.grad_scaler.unscale_(torch.optim.SGD([probe], lr=0.0))
+        self.grad_scaler.update()
+
+    def _devices(self) -> list[torch.device]:
+        return [buffer.device for buffer in (*self._direction.buffers, *self._magnitude.buffers)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizers', schedulers' and scaler's states and the number of steps; the parameters are the model's."""
+        state: dict[str, Any] = {"steps": self._steps}
+        for name, part in self._parts():
+            state[name] = None if part is None else part.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` returned. Raises ValueError where it belongs to other settings; nothing has changed then."""
+        missing = [name for name, _ in (*self._parts(), ("steps", None)) if name not in state]
+        if missing:
+            raise ValueError(f"the state has no {', '.join(missing)}")
+        for name, part in self._parts():
+            if (state[name] is None) != (part is None):
+                holds, has = ("no", "one") if state[name] is None else ("a", "none")
+                raise ValueError(f"the state holds {holds} {name}, this optimizer has {has}")
+        for name, part in self._parts():
+            if part is not None:
+                part.load_state_dict(state[name])
+        self._steps = int(state["steps"])
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        names = ("lower", "upper", "lower_scheduler", "upper_scheduler", "grad_scaler")
+        return [(name, getattr(self, name)) for name in names]
+
+
+class _Undo:
+    """Everything that a step may change, as it was before the step."""
+
+    def __init__(self, owner: BilevelOptimizer) -> None:
+        self._owner = owner
+        self.direction = owner._direction.clone()
+        self.magnitude = owner._magnitude.clone()
+        self._grads = Grads([*owner._direction.parameters, *owner._magnitude.parameters])
+        self._parts: list[Any] = [OptimizerState(owner.lower), OptimizerState(owner.upper)]
+        schedulers = [owner.lower_scheduler, owner.upper_scheduler]
+        self._parts += [SchedulerState(scheduler) for scheduler in schedulers if scheduler is not None]
+        self.random_state = RandomState(owner._devices())
+        self.reached = self.random_state  # where the train and the validation pass have come to
+
+    def restore(self, random_state: bool = True) -> None:
+        """Put everything back, the random state too unless told to leave it where the passes came to."""
+        self._owner._direction.set(self.direction)
+        self._owner._magnitude.set(self.magnitude)
+        for part in reversed(self._parts):
+            part.restore()
+        self._grads.restore()
+        (self.random_state if random_state else self.reached).restore()
+
+
+def _clear_grads(owner: BilevelOptimizer) -> None:
+    for parameter in (*owner._direction.parameters, *owner._magnitude.parameters):
+        parameter.grad = None
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _stats(
+    result: _Hypergradient,
+    watch: Stopwatch,
+    hypergradient: Vector | None = None,
+    capped: bool | None = None,
+    skipped: str | None = None,
+) -> StepStats:
+    cosine = direct_norm = second_norm = None
+    if hypergradient is not None and result.direct is not None:
+        direct_norm, second_norm = float(norm(result.direct)), 0.0
+        if result.second_order is not None:
+            second_norm = float(norm(result.second_order))
+            lengths = direct_norm * second_norm
+            cosine = float(dot(result.direct, result.second_order)) / lengths if lengths > 0 else None
+    return StepStats(
+        train_loss=None if result.train_loss is None else float(result.train_loss),
+        validation_loss=None if result.validation_loss is None else float(result.validation_loss),
+        direct_norm=direct_norm,
+        second_order_norm=second_norm,
+        cosine=cosine,
+        hypergradient_norm=None if hypergradient is None else float(norm(hypergradient)),
+        ratio_capped=capped,
+        radius=result.radius,
+        passes=watch.passes,
+        pass_seconds=watch.seconds(),
+        skipped=skipped,
+    )

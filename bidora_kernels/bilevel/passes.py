@@ -1,0 +1,222 @@
+"""One forward and backward pass at a time: what it differentiates, on which micro-batches, scaled how, and how long it took."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..ops._context import pass_mode
+from .flat import FlatParameters, Vector
+
+LossFunction = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar mean loss
+
+
+class MicroBatches:
+    """A batch in parts: every pass runs over them one after the other and averages their losses by weight.
+
+    With weights w the loss is sum_i w_i loss_i / sum_i w_i; None weighs all alike. Only this class is a set of micro-batches: a
+    list, a tuple or a dict is one batch and reaches `loss_fn` as it is. Raises ValueError for no parts, for another number of
+    weights and for weights that are negative or all zero.
+    """
+
+    def __init__(self, batches: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+        """Keep the parts and their weights, normalized."""
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("MicroBatches needs at least one batch, got none")
+        given = [1.0] * len(self.batches) if weights is None else [float(weight) for weight in weights]
+        if len(given) != len(self.batches):
+            raise ValueError(f"weights must be one per batch, {len(self.batches)}, got {len(given)}")
+        if min(given) < 0 or not 0 < sum(given) < float("inf"):
+            raise ValueError(f"weights must be 0 or more, finite, and not all 0, got {given}")
+        self.weights = [weight / sum(given) for weight in given]
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return len(self.batches)
+
+
+def parts_of(batch: Any) -> list[tuple[Any, float]]:
+    """The parts of a batch with their normalized weights."""
+    if isinstance(batch, MicroBatches):
+        return list(zip(batch.batches, batch.weights, strict=True))
+    return [(batch, 1.0)]
+
+
+class NonFinitePass(ArithmeticError):
+    """Under a GradScaler, a pass gave a value that is not finite: the step is skipped."""
+
+
+class Stopwatch:
+    """The seconds of each kind of pass; on a CUDA device by events, read once at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Time passes that run on `device`."""
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, Any, Any]] = []
+        self.passes = 0
+
+    @contextlib.contextmanager
+    def measure(self, kind: str, passes: int = 1) -> Iterator[None]:
+        """Time the block as passes of this kind."""
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((kind, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + time.perf_counter() - start
+        self.passes += passes
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by kind of pass."""
+        for kind, begin, end in self._events:
+            end.synchronize()
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + begin.elapsed_time(end) / 1000
+        self._events.clear()
+        return dict(self._seconds)
+
+
+@dataclasses.dataclass
+class PassResult:
+    """A pass's mean loss (detached, fp32 or wider) and the gradients that it was asked for, one per parameter or None."""
+
+    loss: Tensor
+    direction: list[Tensor | None]
+    magnitude: list[Tensor | None]
+    seen_dtypes: set[torch.dtype]
+
+
+class Passes:
+    """Runs passes over a model for two groups of parameters; the parameters' `.grad` must be None and is None afterwards."""
+
+    def __init__(
+        self,
+        model: Any,
+        lower: FlatParameters,
+        upper: FlatParameters,
+        grad_scaler: Any,
+        process_group: Any,
+        distributed: bool,
+        stopwatch: Stopwatch,
+    ) -> None:
+        """Keep what every pass needs."""
+        self.model, self.lower, self.upper, self.stopwatch = model, lower, upper, stopwatch
+        self.scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+        self._group, self.distributed = process_group, distributed
+
+    def no_sync(self) -> contextlib.AbstractContextManager[Any]:
+        """Keep a wrapper that averages gradients itself from doing so: every pass's are averaged here."""
+        no_sync = getattr(self.model, "no_sync", None)
+        return no_sync() if self.distributed and no_sync is not None else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def requiring(self, needs: set[str]) -> Iterator[None]:
+        """Let only the needed groups require gradients, so that a backward pass computes nothing else."""
+        wanted = {"direction": self.lower.parameters, "magnitude": self.upper.parameters}
+        kept = {id(parameter) for group in needs for parameter in wanted[group]}
+        everything = [*self.lower.parameters, *self.upper.parameters]
+        if isinstance(self.model, nn.Module):
+            known = {id(parameter) for parameter in everything}
+            everything += [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        off = [parameter for parameter in everything if parameter.requires_grad and id(parameter) not in kept]
+        for parameter in off:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in off:
+                parameter.requires_grad_(True)
+
+    def run(
+        self,
+        kind: str,
+        loss_fn: LossFunction,
+        batch: Any,
+        needs: set[str],
+        penalty: Callable[[Any], Tensor] | None = None,
+    ) -> PassResult:
+        """One pass over a batch or its micro-batches. A penalty adds to the directions' gradient only, not to the loss returned.
+
+        Raises TypeError or ValueError where `loss_fn` does not return a scalar, NonFinitePass under a GradScaler.
+        """
+        losses: list[Tensor] = []
+        with self.stopwatch.measure(kind), torch.enable_grad(), self.no_sync():
+            with self.requiring(needs), pass_mode(needs=needs) as mode:
+                for part, weight in parts_of(batch):
+                    loss = checked_loss(loss_fn(self.model, part))
+                    self._backward(loss, weight)
+                    losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * weight)
+                    del loss
+            magnitude = self._take(self.upper.parameters) if "magnitude" in needs else []
+            if penalty is not None:
+                with self.requiring({"direction"}), pass_mode(needs={"direction"}):
+                    self._backward(checked_loss(penalty(self.model), "the penalty"), 1.0)
+            direction = self._take(self.lower.parameters) if "direction" in needs else []
+        result = PassResult(torch.stack(losses).sum(), direction, magnitude, set(mode.seen_dtypes))
+        result.direction = self._combined(self.lower, direction, kind)
+        result.magnitude = self._combined(self.upper, magnitude, kind)
+        return result
+
+    def _backward(self, loss: Tensor, weight: float) -> None:
+        weighted = loss if weight == 1.0 else loss * weight
+        (weighted if self.scaler is None else self.scaler.scale(weighted)).backward()
+
+    @staticmethod
+    def _take(parameters: list[nn.Parameter]) -> list[Tensor | None]:
+        taken = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return taken
+
+    def _combined(self, flat: FlatParameters, grads: list[Tensor | None], kind: str) -> list[Tensor | None]:
+        """Average over processes, and undo the GradScaler's scale."""
+        if not grads:
+            return grads
+        if self.distributed:
+            vector = flat.gather(grads)
+            self.average(vector)
+            grads = list(flat.views(vector))
+        if self.scaler is not None:
+            known = [grad for grad in grads if grad is not None]
+            if known:
+                torch._foreach_mul_(known, 1.0 / self.scaler.get_scale())
+            self.check_finite(known, kind)
+        return grads
+
+    def check_finite(self, grads: Sequence[Tensor], kind: str) -> None:
+        """Raise NonFinitePass where there is a GradScaler and a gradient is not finite."""
+        if self.scaler is not None and not all(bool(torch.isfinite(grad).all()) for grad in grads):
+            raise NonFinitePass(f"a gradient of the {kind} pass is not finite")
+
+    def average(self, vector: Vector) -> None:
+        """The mean over processes, in place; nothing where there is one process."""
+        if self.distributed:
+            for part in vector:
+                dist.all_reduce(part, group=self._group)
+                part.div_(dist.get_world_size(self._group))
+
+    def average_loss(self, loss: Tensor) -> Tensor:
+        """The mean of a loss over processes."""
+        self.average([loss])
+        return loss
+
+
+def checked_loss(loss: Any, name: str = "the loss") -> Tensor:
+    """The loss, where it is a scalar tensor. Raises TypeError or ValueError otherwise."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name} must be a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{name} must be a scalar, got {list(loss.shape)}")
+    return loss.reshape(())

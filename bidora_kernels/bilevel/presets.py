@@ -1,0 +1,40 @@
+"""Settings of the bilevel optimizer by name, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .estimators import CentralDifference
+from .sama import Sama
+
+
+@dataclasses.dataclass(frozen=True)
+class BilevelPreset:
+    """What a preset settles.
+
+    optimizer: keyword arguments of `BilevelOptimizer`. validation_batch_ratio: validation rows per train row of an upper step.
+    retrain_from: where the retraining starts, "search" (it goes on from what the search found) or "init" (it starts afresh).
+    """
+
+    optimizer: dict[str, Any]
+    validation_batch_ratio: float
+    retrain_from: str
+
+
+_PRESETS = {
+    # what the library recommends: one difference pass per upper step
+    "balanced": BilevelPreset({"estimator": Sama(), "upper_every": 2}, 0.5, "search"),
+    # BiDoRA's text, eq. 7-8: xi is the lower learning rate
+    "paper": BilevelPreset({"estimator": CentralDifference(), "xi": "lr"}, 1.0, "init"),
+    # what the authors' code computes through Betty: xi = 1, differences around the updated directions
+    "paper-code": BilevelPreset({"estimator": CentralDifference(at="after"), "xi": 1.0}, 1.0, "init"),
+}
+
+
+def preset(name: str) -> BilevelPreset:
+    """The preset "balanced", "paper" or "paper-code". Raises ValueError for another name."""
+    if name not in _PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
+    chosen = _PRESETS[name]
+    return dataclasses.replace(chosen, optimizer=dict(chosen.optimizer))

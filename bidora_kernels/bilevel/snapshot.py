@@ -1,0 +1,88 @@
+"""What a step may change, copied so that a failed step changes nothing: optimizer states, random states, `.grad`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .flat import copy_all
+
+
+class RandomState:
+    """The states of torch's generators on the CPU and on the given devices."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        """Copy the current states."""
+        self._cpu = torch.get_rng_state()
+        kinds = {device for device in devices if device.type not in ("cpu", "meta")}
+        self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in kinds]
+
+    def restore(self) -> None:
+        """Make the copied states current."""
+        torch.set_rng_state(self._cpu)
+        for device, state in self._devices:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _packed(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of tensors, few kernels for many small ones."""
+    copies: list[Tensor] = [torch.empty_like(tensor) for tensor in tensors]
+    copy_all(copies, [tensor.detach() for tensor in tensors])
+    return copies
+
+
+class OptimizerState:
+    """The state and the settings of an optimizer, put back exactly and into the same tensors."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Copy every tensor of the state, and the groups' settings."""
+        self._optimizer = optimizer
+        self._entries = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+        tensors = [value for state in self._entries.values() for value in state.values() if torch.is_tensor(value)]
+        self._tensors = list(zip(tensors, _packed(tensors), strict=True))
+        self._groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        self._rates = [(value, value.clone()) for group in self._groups for value in group.values() if torch.is_tensor(value)]
+
+    def restore(self) -> None:
+        """Put everything back."""
+        state = self._optimizer.state
+        state.clear()
+        state.update({parameter: dict(entry) for parameter, entry in self._entries.items()})
+        kept = self._tensors + self._rates
+        copy_all([tensor for tensor, _ in kept], [saved for _, saved in kept])
+        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
+            for key in [key for key in group if key != "params" and key not in settings]:
+                del group[key]
+            group.update(settings)
+
+
+class Grads:
+    """The `.grad` of parameters, taken away for the time of a step; the tensors are kept, not copied."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take `.grad` off every parameter."""
+        self._kept = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter, _ in self._kept:
+            parameter.grad = None
+
+    def restore(self) -> None:
+        """Put the same tensors back."""
+        for parameter, grad in self._kept:
+            parameter.grad = grad
+
+
+class SchedulerState:
+    """The state of a learning-rate scheduler."""
+
+    def __init__(self, scheduler: Any) -> None:
+        """Copy the state."""
+        self._scheduler = scheduler
+        self._state = copy.deepcopy(scheduler.state_dict())
+
+    def restore(self) -> None:
+        """Put the state back."""
+        self._scheduler.load_state_dict(self._state)

@@ -1,0 +1,116 @@
+"""The train loss of one step as the estimators see it: derivatives at chosen points, always with the same random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..ops._context import pass_mode
+from .estimators import relative_radius
+from .flat import Vector, norm
+from .passes import LossFunction, Passes, checked_loss, parts_of
+from .snapshot import RandomState
+
+
+class TrainLoss:
+    """Derivatives of L_train around this step's directions. Every pass rewinds the random state to the train pass's start.
+
+    `before` and `after` are the directions before and after the unrolled step. The parameters are left wherever the last pass
+    put them: whoever makes this object restores them.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        loss_fn: LossFunction,
+        batch: Any,
+        random_state: RandomState,
+        before: Vector,
+        after: Vector,
+        base: Vector | None,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Keep what the derivatives need; `base` is the lower pass's gradient on the same rows, where it was computed."""
+        self._passes, self._loss_fn, self._batch = passes, loss_fn, batch
+        self._random_state, self.before, self.after = random_state, before, after
+        self._base, self._compute_dtype = base, compute_dtype
+        self.radius: float | None = None
+
+    def step_size(self, vector: Vector, relative: float | None, central: bool) -> float:
+        """The e of a difference along `vector`: the radius over the vector's length."""
+        if relative is None:
+            relative = relative_radius(self._compute_dtype, central)
+        scale = float(norm(self.before))
+        self.radius = relative * (scale if scale > 0.0 else 1.0)
+        return self.radius / float(norm(vector))
+
+    def magnitude_gradient(self, point: Vector, vector: Vector | None = None, step: float = 0.0) -> Vector:
+        """grad_M L_train at `point + step * vector`."""
+        self._passes.lower.set(point, vector, step)
+        self._random_state.restore()
+        result = self._passes.run("difference", self._loss_fn, self._batch, {"magnitude"})
+        return self._passes.upper.gather(result.magnitude)
+
+    def base_gradient(self) -> Vector:
+        """grad_M L_train at the directions before the step: the lower pass's own where it has it, else one more pass."""
+        if self._base is None:
+            self._base = self.magnitude_gradient(self.before)
+        return self._base
+
+    def difference(self, plus: Vector, minus: Vector, width: float) -> Vector:
+        """(plus - minus) / width."""
+        return [(a - b) / width for a, b in zip(plus, minus, strict=True)]
+
+    def double_backward(self, vector: Vector) -> Vector:
+        """grad_M (grad_V L_train . vector) at the directions before the step, the norm differentiated."""
+        lower, upper = self._passes.lower, self._passes.upper
+        lower.set(self.before)
+        self._random_state.restore()
+        total = upper.zeros()
+        with self._passes.stopwatch.measure("double backward"), _twice_differentiable(self._passes):
+            for part, weight in parts_of(self._batch):
+                loss = checked_loss(self._loss_fn(self._passes.model, part)) * weight
+                first = torch.autograd.grad(loss, lower.parameters, create_graph=True, allow_unused=True)
+                product = _inner(first, lower.views(vector))
+                if product is None or not product.requires_grad:
+                    continue
+                second = torch.autograd.grad(product, upper.parameters, allow_unused=True)
+                for sum_part, term in zip(total, upper.gather(second), strict=True):
+                    sum_part.add_(term)
+        self._passes.average(total)
+        self._passes.check_finite(total, "double backward")
+        return total
+
+
+@contextlib.contextmanager
+def _twice_differentiable(passes: Passes) -> Iterator[None]:
+    """Reference operations, the norm differentiated, math attention; an operator without a derivative is named."""
+    needs = {"direction", "magnitude"}
+    try:
+        with (
+            torch.enable_grad(),
+            passes.no_sync(),
+            passes.requiring(needs),
+            sdpa_kernel(SDPBackend.MATH),
+            pass_mode(needs=needs, differentiate_norm=True, backend="reference"),
+        ):
+            yield
+    except (RuntimeError, NotImplementedError) as error:
+        found = re.search(r"derivative for (\S+) is not implemented", str(error))
+        if found is None:
+            raise
+        raise RuntimeError(
+            f"{found[1]} has no second derivative: load the model with eager or SDPA attention (it runs under the math backend "
+            "here), or take CentralDifference or ForwardDifference"
+        ) from error
+
+
+def _inner(grads: tuple[Tensor | None, ...], views: list[Tensor]) -> Tensor | None:
+    terms = [(grad * view).sum() for grad, view in zip(grads, views, strict=True) if grad is not None]
+    return torch.stack(terms).sum() if terms else None

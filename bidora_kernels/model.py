@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -105,8 +106,11 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     """Return the model with plain layers that hold the merged weights; nothing of this library remains in it.
 
     The change is in place; use the returned model, which is another one only where `model` itself was a DoRA layer. Trained
-    copies of `modules_to_save` stay. Raises ValueError, and changes nothing, where there is no DoRA layer and, with
-    `safe_merge`, where a merged weight is not finite.
+    copies of `modules_to_save` stay; where one of them, or a merged layer, was tied to the input embeddings, the model's config
+    gets `tie_word_embeddings=False`, so that it can be saved and loaded.
+
+    Raises ValueError, and changes nothing, where there is no DoRA layer and, with `safe_merge`, where a merged weight is not
+    finite.
     """
     inner = unwrap(model)
     layers = dora_layers(inner)
@@ -125,4 +129,14 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
         put(inner, name, plain)
     if hasattr(inner, CONFIG_ATTRIBUTE):
         delattr(inner, CONFIG_ATTRIBUTE)
+    _untie(inner)
     return model
+
+
+def _untie(model: Any) -> None:
+    """Have a transformers model's config say so where training has left the output head with a weight of its own."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and hasattr(model, "get_output_embeddings"):
+        ends = [getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+        if all(end is not None for end in ends) and ends[0] is not ends[1]:
+            config.tie_word_embeddings = False

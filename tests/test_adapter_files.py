@@ -179,12 +179,17 @@ def test_loading_over_existing_layers_replaces_values_and_trains_them(tmp_path: 
 
 
 def test_wrapped_models_are_saved_and_loaded_under_their_own_names(tmp_path: Path) -> None:
-    model = trained()
-    bk.save_adapter(torch.compile(model), tmp_path)
-    assert all(key.startswith("base_model.model.bert.") for key in load_file(tmp_path / WEIGHTS))
-    loaded = bert()
-    bk.load_adapter(torch.compile(loaded), tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for index, wrap in enumerate((torch.compile, nn.parallel.DistributedDataParallel)):
+            model, folder = trained(), tmp_path / str(index)
+            bk.save_adapter(wrap(model), folder)
+            assert all(key.startswith("base_model.model.bert.") for key in load_file(folder / WEIGHTS))
+            loaded = bert()
+            bk.load_adapter(wrap(loaded), folder)
+            assert torch.equal(logits(loaded), logits(model))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_buffers_of_a_saved_module_travel(tmp_path: Path) -> None:

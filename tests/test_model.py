@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,6 +292,20 @@ def test_merging_leaves_a_plain_model_that_computes_the_same(make: Callable[[], 
     fresh.load_state_dict(merged.state_dict())
     if make is not gpt2:
         assert torch.equal(logits(fresh), logits(merged))
+
+
+@pytest.mark.parametrize("fields", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}])
+def test_a_merged_model_with_a_head_that_was_tied_survives_a_round_trip(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = gpt2()
+    bk.apply_dora(model, bk.DoraConfig(**({"r": 4, "target_modules": ["c_attn"]} | fields)))
+    randomize(model)
+    merged = bk.merge_and_unload(model)
+    assert merged.config.tie_word_embeddings is False
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path).eval()), logits(merged))
+    untouched = gpt2()
+    bk.apply_dora(untouched, bk.DoraConfig(target_modules=["c_attn"]))
+    assert bk.merge_and_unload(untouched).config.tie_word_embeddings is True
 
 
 def test_merging_agrees_with_peft() -> None:

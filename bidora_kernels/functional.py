@@ -8,11 +8,14 @@ not fit, and BackendUnavailable where a backend was asked for by name and cannot
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import reference
+from .ops import _backend
 from .ops import _checks as checks
 from .ops._context import PassMode, current_mode
+from .ops.dora_linear import dora_linear as fused_dora_linear
 
 
 def _frozen(weight: Tensor) -> Tensor:
@@ -56,10 +59,43 @@ def dora_linear(
     if mode.differentiate_norm is not None:
         detach_norm = not mode.differentiate_norm
     lora_A, lora_B, magnitude = _needed(mode, lora_A, lora_B, magnitude)
-    return reference.dora_linear(
-        x, _frozen(weight), lora_A, lora_B, magnitude, scaling,
-        None if bias is None else _frozen(bias), x_dropped, detach_norm, norm, mode.precise,
-    )  # fmt: skip
+    weight, bias = _frozen(weight), None if bias is None else _frozen(bias)
+    backend = _serving(x.device.type, (x, lora_A, lora_B, magnitude), x, weight)
+    if backend == "reference":
+        return reference.dora_linear(
+            x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise
+        )
+    return fused_dora_linear(
+        x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend
+    )
+
+
+def _serving(device_type: str, differentiable: tuple[Tensor, ...], x: Tensor | None = None, weight: Tensor | None = None) -> str:
+    """The backend that takes this call. `auto` leaves to the reference what the others do not serve; a named one raises."""
+    backend = _backend.resolve(device_type)
+    if backend == "reference":
+        return backend
+    reason = None
+    if _in_forward_mode(differentiable):
+        reason = "forward-mode derivatives and functional transforms"
+    elif x is not None and weight is not None and x.dtype == torch.float64 and weight.dtype != torch.float64:
+        reason = f"an fp64 input with a weight in {str(weight.dtype).removeprefix('torch.')}"
+    if reason is None:
+        return backend
+    if (current_mode().backend or _backend.environment_backend()) == "auto":
+        return "reference"
+    raise NotImplementedError(f'backend {backend!r} does not serve {reason}: use backend "reference"')
+
+
+def _in_forward_mode(tensors: tuple[Tensor, ...]) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _needed(mode: PassMode, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor]:

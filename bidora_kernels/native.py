@@ -1,8 +1,135 @@
-"""Loads the compiled csrc library, or says why it is absent and how to get it."""
+"""Loads the compiled csrc library, or says why it is absent and how to get it; and calls its operators.
+
+The operators compute in one accumulating dtype, fp32 or fp64 (`norm`'s), and take the factors and vectors in it; weights, inputs
+and gradients may be fp64, fp32, bf16 or fp16. The library is looked for and loaded at the first question, never at import.
+"""
 
 from __future__ import annotations
 
+import functools
+import platform
+from pathlib import Path
 
+import torch
+from torch import Tensor
+
+_LIBRARY = Path(__file__).parent / "_native.so"
+_HOW = "install a C++17 compiler, then: pip install --no-build-isolation --force-reinstall --no-deps bidora-kernels (or -e .)"
+
+# the magnitude's gradient is read off y unless the bias is this much larger than the rest of y, and exactly recomputed there
+DOUBTFUL_RATIO = 2.0
+
+
+@functools.cache
 def why_unavailable() -> str | None:
-    """Why the native library cannot be used here, or None where it can."""
-    return "this version has no native library"
+    """Why the native library cannot be used here, or None where it can; the first call loads it."""
+    if not _LIBRARY.exists():
+        return f"the native library was not built for this installation ({platform.machine()}): {_HOW}"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"the native library does not load ({error}): {_HOW}"
+    return None
+
+
+def _stored(weight: Tensor) -> Tensor:
+    """The weight where the kernels can read it in place (rows or columns contiguous), else a contiguous copy."""
+    rows, columns = weight.stride()
+    fits = (columns == 1 and rows >= weight.shape[1]) or (rows == 1 and columns >= weight.shape[0])
+    return weight if fits else weight.contiguous()
+
+
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Row norms of V = weight + scaling * lora_B @ lora_A, [out], in the factors' dtype (fp32 or fp64)."""
+    norm = lora_A.new_empty(weight.shape[0])
+    torch.ops.bidora_native.weight_norm(_stored(weight), lora_A, lora_B, scaling, norm)
+    return norm
+
+
+def merged_weight(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    norm: Tensor,
+    out: Tensor,
+    norm_known: bool = False,
+    minus_weight: bool = False,
+) -> None:
+    """Write magnitude * V / ||V|| (rows of length 1 without a magnitude) to `out`, and the norms to `norm` unless they are known.
+
+    `out` has the weight's orientation: a transposed view where the weight is one. minus_weight: store the result less the weight.
+    """
+    torch.ops.bidora_native.merged_weight(
+        _stored(weight), lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out
+    )
+
+
+def adapter_gradients(
+    x: Tensor,
+    grad_output: Tensor,
+    output: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    needs_direction: bool,
+    from_updated: bool = False,
+    doubtful_ratio: float = DOUBTFUL_RATIO,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_lora_A, grad_lora_B, grad_magnitude, doubtful rows of it) of y = c * (V x) + bias from x, dy and y.
+
+    Without `output` there is no magnitude's gradient. A doubtful row is one whose gradient cannot be read off y accurately: the
+    bias hides the rest, or the magnitude is next to 0. from_updated: `output` is V x itself.
+    """
+    grad_A = torch.empty_like(lora_A) if needs_direction else None
+    grad_B = torch.empty_like(lora_B) if needs_direction else None
+    grad_magnitude = None if output is None else torch.empty_like(magnitude)
+    doubtful = None if output is None else torch.empty(magnitude.shape, dtype=torch.bool)
+    count = torch.ops.bidora_native.adapter_gradients(
+        x, grad_output, output, lora_A, lora_B, magnitude, norm, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful,
+        doubtful_ratio, from_updated,
+    )  # fmt: skip
+    return grad_A, grad_B, grad_magnitude, doubtful if count else None
+
+
+def direction_backward(
+    weight: Tensor,
+    grad: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor | None,
+    scaling: float,
+    norm: Tensor,
+    grad_norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(grad_lora_A, grad_lora_B, grad_magnitude) of magnitude * V / ||V|| (rows of length 1 without a magnitude) under `grad`
+    [out, in], plus those of ||V|| under `grad_norm` [out]; either may be absent."""
+    grad_A, grad_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
+    grad_magnitude = torch.empty_like(magnitude) if magnitude is not None and grad is not None else None
+    row_major = weight if weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] else weight.contiguous()
+    torch.ops.bidora_native.direction_backward(
+        row_major, grad, lora_A, lora_B, magnitude, scaling, norm, grad_norm, grad_A, grad_B, grad_magnitude
+    )
+    return grad_A, grad_B, grad_magnitude
+
+
+def compose(
+    base: Tensor,
+    hidden: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    out: Tensor,
+    base_dropped: Tensor | None = None,
+) -> None:
+    """Write scale * (base + scaling * hidden @ lora_B^T) + bias to `out`, which may be `base`.
+
+    With `base_dropped`: u = base_dropped + scaling * hidden @ lora_B^T is written over it, and base + scale * u - base_dropped +
+    bias to `out`.
+    """
+    torch.ops.bidora_native.compose(base, base_dropped, hidden, lora_B, scale, bias, scaling, out)

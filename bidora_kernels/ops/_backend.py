@@ -45,9 +45,16 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-@functools.cache
 def _missing(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot serve tensors on `device_type`, or None where it can."""
+    return _look_for(backend, device_type)
+
+
+_missing.__dict__["_dynamo_marked_constant"] = True  # as torch.compiler.assume_constant_result, without importing dynamo
+
+
+@functools.cache
+def _look_for(backend: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "native":

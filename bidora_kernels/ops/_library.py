@@ -1,0 +1,48 @@
+"""The operator namespace `torch.ops.bidora_kernels`, and what its definitions share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("bidora_kernels", "DEF")
+NAMESPACE = "bidora_kernels"
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define one operator with its implementation for CPU and CUDA tensors and its shape function; return the overload."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.bidora_kernels, name).default
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Register a backward of an operator that already is a backward: it raises, naming the backend that has one."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{name} of the native and triton backends is differentiable once: run the forward under "
+            'use_backend("reference") for second derivatives'
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous and do not overlap, else a contiguous copy."""
+    if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]:
+        return tensor
+    return tensor.contiguous()
+
+
+def like_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new [out, in] tensor; it is a transposed view where the weight is one (transformers' Conv1D)."""
+    if weight.stride(0) == 1 and weight.stride(1) != 1:
+        return weight.new_empty(weight.shape[1], weight.shape[0], dtype=dtype).t()
+    return weight.new_empty(weight.shape, dtype=dtype)

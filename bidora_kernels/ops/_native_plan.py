@@ -1,0 +1,201 @@
+"""How the native backend runs a layer: which matrix products, over which weight.
+
+Weight plan: write the merged weight W' = c * V into the workspace and take one matrix product with it; W' is rebuilt for the
+backward pass, not kept. Activation plan: multiply with the frozen weight and correct the output. Many tokens favor the first,
+few the second; `weight_plan_pays` counts the bytes.
+
+Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16-bit layers: a CPU without bf16 instructions
+multiplies fp32 several times faster, and W' in fp32 loses no small update. Inputs are not rounded to the product dtype either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import native, reference
+from ._library import rows
+from ._workspace import rows_per_block, workspace
+
+
+def weight_plan_pays(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known: bool) -> bool:
+    """Whether W' costs less memory traffic than correcting the product with the frozen weight.
+
+    W' is written once and read back; the activation plan reads and writes the output once more, reads x once more, and without
+    known norms reads the weight once more. A weight in another dtype than the product's must be converted, which is W' already.
+    """
+    out_features, in_features = weight.shape
+    if weight.dtype != dtype:
+        return True
+    activation = tokens * (2 * out_features + in_features) + (0 if norm_known else out_features * in_features)
+    return activation > 2 * out_features * in_features
+
+
+def kept_dtype(weight: Tensor, dropped: bool, precise: bool, out_dtype: torch.dtype, keeps: bool) -> torch.dtype | None:
+    """The dtype of what the backward needs beyond y for the magnitude's gradient, None where y is enough.
+
+    With dropout it is V x_dropped; a precise pass keeps the y that was not rounded to 16 bits.
+    """
+    dtype = reference.norm_dtype(weight)
+    return dtype if keeps and (dropped or (precise and out_dtype != dtype)) else None
+
+
+def _is_transposed(weight: Tensor) -> bool:
+    return weight.stride(0) == 1 and weight.stride(1) != 1
+
+
+class _Layer:
+    """The constants of one call in the accumulating dtype, and the weights of its products in blocks of output features."""
+
+    def __init__(
+        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, bias: Tensor | None, scaling: float
+    ) -> None:
+        self.dtype = reference.norm_dtype(weight)
+        self.weight, self.scaling = weight, scaling
+        self.lora_A, self.lora_B, self.magnitude = (self.constant(tensor) for tensor in (lora_A, lora_B, magnitude))
+        self.bias = None if bias is None else self.constant(bias)
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype).contiguous()
+
+    def flat(self, x: Tensor) -> Tensor:
+        """[tokens, features] in the accumulating dtype, rows contiguous."""
+        return rows(x.reshape(-1, x.shape[-1]).to(self.dtype))
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        out_features, in_features = self.weight.shape
+        step = rows_per_block(in_features, self.dtype)
+        for start in range(0, out_features, step):
+            part = slice(start, min(start + step, out_features))
+            weight = self.weight[part]
+            yield part, weight, workspace(part.stop - start, in_features, self.dtype, _is_transposed(weight))
+
+    def merged_blocks(self, norm: Tensor, norm_known: bool, minus_weight: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (slice of output features, W' of them in the workspace); norms are filled in unless they are known."""
+        for part, weight, block in self._blocks():
+            native.merged_weight(
+                weight, self.lora_A, self.lora_B[part], self.magnitude[part], self.scaling, norm[part], block, norm_known,
+                minus_weight,
+            )  # fmt: skip
+            yield part, block
+
+    def frozen_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (slice of output features, the frozen weight of them in the accumulating dtype)."""
+        if self.weight.dtype == self.dtype:
+            yield slice(0, self.weight.shape[0]), self.weight
+            return
+        for part, weight, block in self._blocks():
+            yield part, block.copy_(weight)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    x_dropped: Tensor | None,
+    scaling: float,
+    precise: bool,
+    out_dtype: torch.dtype,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y [tokens, out] in `out_dtype`, norm, what the backward needs beyond y or None)."""
+    layer = _Layer(weight, lora_A, lora_B, magnitude, bias, scaling)
+    x = layer.flat(x)
+    out_features = weight.shape[0]
+    norm_known = norm is not None
+    norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
+    if x_dropped is None and weight_plan_pays(x.shape[0], weight, layer.dtype, norm_known):
+        y = x.new_empty(x.shape[0], out_features)
+        for part, merged in layer.merged_blocks(norm, norm_known):
+            if layer.bias is None:
+                torch.mm(x, merged.t(), out=y[:, part])
+            else:
+                torch.addmm(layer.bias[part], x, merged.t(), out=y[:, part])
+        kept = y
+    else:
+        if not norm_known:
+            norm = native.weight_norm(weight, layer.lora_A, layer.lora_B, scaling)
+        scale = reference.row_scale(layer.magnitude, norm)
+        if x_dropped is None:
+            kept = y = torch.mm(x, weight.t())
+            native.compose(y, torch.mm(x, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y)
+        else:
+            x_dropped = layer.flat(x_dropped)
+            y, kept = x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], out_features)
+            for part, frozen in layer.frozen_blocks():
+                torch.mm(x, frozen.t(), out=y[:, part])
+                torch.mm(x_dropped, frozen.t(), out=kept[:, part])
+            native.compose(y, torch.mm(x_dropped, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y, kept)
+    kept_as = kept_dtype(weight, x_dropped is not None, precise, out_dtype, keeps)
+    return y.to(out_dtype), norm, None if kept_as is None else kept
+
+
+def backward(
+    grad_output: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    scaling: float,
+    dropped: bool,
+    needs_x: bool,
+    needs_dropped: bool,
+    needs_direction: bool,
+    needs_magnitude: bool,
+    differentiate_norm: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
+
+    `x` is the input of the low-rank branch (with dropout: x_dropped), `kept` is y or what the forward kept beyond it.
+    """
+    layer = _Layer(weight, lora_A, lora_B, magnitude, bias, scaling)
+    norm = layer.constant(norm)
+    g = rows(grad_output)
+    grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = None
+    beyond_direction = needs_magnitude or (needs_direction and differentiate_norm)
+    if needs_direction or beyond_direction:
+        inputs = rows(x.reshape(-1, x.shape[-1]))
+        grad_A, grad_B, grad_magnitude, doubtful = native.adapter_gradients(
+            inputs, g, rows(kept) if beyond_direction else None, layer.lora_A, layer.lora_B, layer.magnitude, norm,
+            None if dropped else layer.bias, scaling, needs_direction, dropped,
+        )  # fmt: skip
+        if doubtful is not None:
+            exact = doubtful.nonzero().squeeze(1)
+            updated = reference.direction(weight[exact], layer.lora_A, layer.lora_B[exact], scaling)
+            per_row = torch.mm(g[:, exact].to(layer.dtype).t(), layer.flat(inputs))
+            grad_magnitude[exact] = (per_row * updated).sum(1) / norm[exact]
+    if needs_direction and differentiate_norm:
+        grad_norm = -reference.row_scale(layer.magnitude, norm) * grad_magnitude
+        through_norm = native.direction_backward(weight, None, layer.lora_A, layer.lora_B, None, scaling, norm, grad_norm)
+        grad_A.add_(through_norm[0])
+        grad_B.add_(through_norm[1])
+    if needs_x or needs_dropped:
+        g = rows(g.to(layer.dtype))
+        if dropped:
+            if needs_x:
+                grad_x = _product(g, layer.frozen_blocks())
+            if needs_dropped:
+                grad_dropped = _product(g, layer.merged_blocks(norm, norm_known=True, minus_weight=True))
+        elif weight_plan_pays(g.shape[0], weight, layer.dtype, norm_known=True):
+            grad_x = _product(g, layer.merged_blocks(norm, norm_known=True))
+        else:
+            scaled = g * reference.row_scale(layer.magnitude, norm)
+            grad_x = torch.mm(scaled, weight).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
+    return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude if needs_magnitude else None
+
+
+def _product(g: Tensor, blocks: Iterator[tuple[slice, Tensor]]) -> Tensor | None:
+    product = None
+    for part, block in blocks:
+        product = torch.mm(g[:, part], block) if product is None else product.addmm_(g[:, part], block)
+    return product

@@ -1,0 +1,46 @@
+"""Scratch memory for the merged weight of one layer: one buffer per thread, kept between calls, bounded and visible.
+
+Writing the merged weight into memory that is mapped already saves the page faults of a fresh allocation at every layer and
+pass. A layer that does not fit is processed in blocks of output features.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+LIMIT_BYTES = 64 << 20  # holds a 4096 x 4096 fp32 layer whole
+
+_local = threading.local()
+_buffers: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+
+def rows_per_block(columns: int, dtype: torch.dtype) -> int:
+    """How many rows of a merged weight fit the workspace, a multiple of 64 where that is possible."""
+    fit = LIMIT_BYTES // max(1, columns * dtype.itemsize)
+    return max(1, fit - fit % 64 if fit >= 64 else fit)
+
+
+def workspace(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    """[rows, columns] of this thread's buffer, uninitialized; valid until the next call on this thread."""
+    size = rows * columns * dtype.itemsize
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        _local.buffer = buffer
+        _buffers.add(buffer)
+    values = buffer[:size].view(dtype)
+    return values.view(columns, rows).t() if transposed else values.view(rows, columns)
+
+
+def workspace_bytes() -> int:
+    """Bytes that the workspaces of all threads hold at present."""
+    return sum(buffer.numel() for buffer in list(_buffers))
+
+
+def release_workspace() -> None:
+    """Free this thread's workspace; the next call makes a new one."""
+    _local.buffer = None

@@ -1,0 +1,166 @@
+"""y = c * (x V^T) + bias with c = magnitude / ||V||, one operator forward and one backward (DoRA, arXiv:2402.09353, eq. 5).
+
+The backward reads the magnitude's gradient off y where it can, so that nothing but x and y stays between the passes; where y
+is not enough (dropout, a 16-bit y of a precise pass) the forward returns what it needs in `kept`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _library as library
+
+
+def _plan(backend: str) -> Any:
+    if backend == "native":
+        from . import _native_plan
+
+        return _native_plan
+    raise RuntimeError(f"backend {backend!r} has no dora_linear")
+
+
+@contextlib.contextmanager
+def _without_autocast(device_type: str) -> Iterator[None]:
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def _forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
+    x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, out_dtype: torch.dtype, keeps: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with _without_autocast(x.device.type):
+        y, norm, kept = _plan(backend).forward(
+            x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, out_dtype, keeps
+        )
+    # an operator may not return one of its inputs, nor the same memory twice
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y, norm if norm_given is None else x.new_empty(0), x.new_empty(0) if kept is None else kept
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
+    x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, out_dtype: torch.dtype, keeps: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    kept_dtype = _plan(backend).kept_dtype(weight, x_dropped is not None, precise, out_dtype, keeps)
+    kept = x.new_empty(0) if kept_dtype is None else y.new_empty(y.reshape(-1, weight.shape[0]).shape, dtype=kept_dtype)
+    norm = x.new_empty(0) if norm_given is not None else weight.new_empty(weight.shape[0], dtype=reference.norm_dtype(weight))
+    return y, norm, kept
+
+
+_dora_linear = library.define(
+    "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? norm_given, Tensor? bias, "
+    "Tensor? x_dropped, float scaling, bool detach_norm, bool precise, ScalarType out_dtype, bool keeps, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)  # fmt: skip
+
+
+def _backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
+    bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
+    needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out_features = weight.shape[0]
+    with _without_autocast(x.device.type):
+        grads = _plan(backend).backward(
+            grad_output.reshape(-1, out_features), x, weight, lora_A, lora_B, magnitude, norm, bias,
+            None if kept is None else kept.reshape(-1, out_features), scaling, dropped, needs_x, needs_dropped, needs_direction,
+            needs_magnitude, differentiate_norm,
+        )  # fmt: skip
+    like = (x, x, lora_A, lora_B, magnitude)
+    return tuple(
+        x.new_empty(0) if grad is None else grad.to(target.dtype).view(target.shape)
+        for grad, target in zip(grads, like, strict=True)
+    )
+
+
+def _backward_fake(
+    grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
+    bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
+    needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    needed = (needs_x, needs_dropped, needs_direction, needs_direction, needs_magnitude)
+    return tuple(
+        target.new_empty(target.shape) if need else x.new_empty(0)
+        for need, target in zip(needed, (x, x, lora_A, lora_B, magnitude), strict=True)
+    )
+
+
+_dora_linear_backward = library.define(
+    "dora_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
+    "Tensor norm, Tensor? bias, Tensor? kept, float scaling, bool dropped, bool needs_x, bool needs_dropped, "
+    "bool needs_direction, bool needs_magnitude, bool differentiate_norm, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+library.refuse_second_derivative("dora_linear_backward")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, _, _, _, backend = inputs
+    y, norm, kept = output
+    needs = ctx.needs_input_grad
+    ctx.direction, ctx.magnitude = needs[2] or needs[3], needs[4]
+    ctx.differentiate_norm = not detach_norm and norm_given is None
+    ctx.scaling, ctx.backend, ctx.dropped = scaling, backend, x_dropped is not None
+    if not (ctx.magnitude or (ctx.direction and ctx.differentiate_norm)):
+        kept = None
+    elif kept.numel() == 0:
+        kept = y
+    norm = norm if norm_given is None else norm_given
+    ctx.save_for_backward(x if x_dropped is None else x_dropped, weight, lora_A, lora_B, magnitude, norm, bias, kept)
+
+
+def _autograd_backward(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, lora_A, lora_B, magnitude, norm, bias, kept = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = _dora_linear_backward(
+        grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, ctx.scaling, ctx.dropped, needs[0], needs[7],
+        ctx.direction, ctx.magnitude, ctx.differentiate_norm, ctx.backend,
+    )  # fmt: skip
+    return (
+        grad_x if needs[0] else None, None, grad_A if needs[2] else None, grad_B if needs[3] else None,
+        grad_magnitude if needs[4] else None, None, None, grad_dropped if needs[7] else None,
+        None, None, None, None, None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd(
+    "bidora_kernels::dora_linear", _autograd_backward, setup_context=_setup_context, lib=library.LIBRARY
+)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    x_dropped: Tensor | None,
+    detach_norm: bool,
+    norm: Tensor | None,
+    precise: bool,
+    backend: str,
+) -> Tensor:
+    """As `reference.dora_linear`, by one operator; arguments were checked in functional.py."""
+    trains = torch.is_grad_enabled() and (
+        magnitude.requires_grad or (not detach_norm and (lora_A.requires_grad or lora_B.requires_grad))
+    )
+    return _dora_linear(
+        x, weight, lora_A, lora_B, magnitude, norm, bias, x_dropped, scaling, detach_norm, precise, reference.output_dtype(x),
+        trains, backend,
+    )[0]  # fmt: skip

@@ -1,0 +1,83 @@
+// The two small matrix products everything is made of, for factors of low rank. Included once per instruction set.
+#pragma once
+
+#include "vec.h"
+
+namespace bidora {
+namespace BIDORA_ISA {
+
+// acc[i][:] = in_scale[i] * in[i][:] + sum_j left[i * left_stride + j] * right[j * right_stride + :]   over one panel of columns
+template <typename T, int ROWS>
+BIDORA_INLINE void panel_product(
+    const T* const* in, const T* in_scale, const T* left, int64_t left_stride, const T* right, int64_t right_stride, int64_t depth,
+    Vector<T> (&acc)[ROWS][2]) {
+  for (int i = 0; i < ROWS; ++i) {
+    if (in == nullptr) {
+      acc[i][0] = acc[i][1] = Vector<T>{};
+    } else {
+      acc[i][0] = load(in[i]) * in_scale[i];
+      acc[i][1] = load(in[i] + kLanes<T>) * in_scale[i];
+    }
+  }
+  for (int64_t j = 0; j < depth; ++j) {
+    Vector<T> r0 = load(right + j * right_stride), r1 = load(right + j * right_stride + kLanes<T>);
+    for (int i = 0; i < ROWS; ++i) {
+      T factor = left[i * left_stride + j];
+      acc[i][0] += r0 * factor;
+      acc[i][1] += r1 * factor;
+    }
+  }
+}
+
+// out[j * out_stride + i] = <rows[i], right[j * right_stride + :]>
+template <typename T, int ROWS, int COLS>
+BIDORA_INLINE void dot_tile(
+    const T* const* rows, const T* right, int64_t right_stride, int64_t length, T* out, int64_t out_stride) {
+  Vector<T> acc[ROWS][COLS] = {};
+  int64_t c = 0;
+  for (; c + kLanes<T> <= length; c += kLanes<T>) {
+    Vector<T> x[ROWS];
+    for (int i = 0; i < ROWS; ++i) x[i] = load(rows[i] + c);
+    for (int j = 0; j < COLS; ++j) {
+      Vector<T> m = load(right + j * right_stride + c);
+      for (int i = 0; i < ROWS; ++i) acc[i][j] += x[i] * m;
+    }
+  }
+  for (int j = 0; j < COLS; ++j)
+    for (int i = 0; i < ROWS; ++i) {
+      T sum = lane_sum<T>(acc[i][j]);
+      for (int64_t k = c; k < length; ++k) sum += rows[i][k] * right[j * right_stride + k];
+      out[j * out_stride + i] = sum;
+    }
+}
+
+template <typename T, int ROWS>
+BIDORA_INLINE void dots(
+    const T* const* rows, const T* right, int64_t right_stride, int64_t columns, int64_t length, T* out, int64_t out_stride) {
+  int64_t j = 0;
+  for (; j + 4 <= columns; j += 4)
+    dot_tile<T, ROWS, 4>(rows, right + j * right_stride, right_stride, length, out + j * out_stride, out_stride);
+  for (; j < columns; ++j)
+    dot_tile<T, ROWS, 1>(rows, right + j * right_stride, right_stride, length, out + j * out_stride, out_stride);
+}
+
+template <typename T>
+BIDORA_INLINE int64_t panels_of(int64_t columns) {
+  return (columns + kPanel<T> - 1) / kPanel<T>;
+}
+
+template <typename T>
+static void pack_panels(
+    const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T scale, T* panels) {
+  for (int64_t p = 0; p < panels_of<T>(columns); ++p) {
+    int64_t first = p * kPanel<T>, width = columns - first < kPanel<T> ? columns - first : kPanel<T>;
+    for (int64_t j = 0; j < rows; ++j, panels += kPanel<T>) {
+      const T* source = matrix + j * row_stride + first * column_stride;
+      for (int64_t c = 0; c < width; ++c) panels[c] = scale * source[c * column_stride];
+      for (int64_t c = width; c < kPanel<T>; ++c) panels[c] = T(0);
+    }
+  }
+}
+
+}  // namespace BIDORA_ISA
+}  // namespace bidora

@@ -1,0 +1,341 @@
+// The library's operators as torch sees them: schemas, checks before any memory is touched, and the parallel loops.
+// Everything goes through LibTorch's stable ABI, so one build serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+
+#include "cpu/kernels.h"
+
+namespace bidora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr double kNormFloor = 1e-18;
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Dtype::f64;
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " must be fp64, fp32, bf16 or fp16");
+  return Dtype::f32;
+}
+
+void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, " must be on cpu"); }
+
+// [rows, columns] with contiguous rows
+Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  check_cpu(t, name);
+  STD_TORCH_CHECK(
+      t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [", rows, ", ", columns, "], got a tensor of ",
+      t.dim(), " dimensions and ", t.numel(), " elements");
+  STD_TORCH_CHECK(columns <= 1 || t.stride(1) == 1, name, " must have contiguous rows, got stride ", t.stride(1));
+  STD_TORCH_CHECK(rows <= 1 || t.stride(0) >= columns, name, " must have rows that do not overlap, got stride ", t.stride(0));
+  return {const_cast<void*>(t.const_data_ptr()), rows <= 1 ? columns : t.stride(0), dtype_of(t, name)};
+}
+
+// A contiguous tensor of the accumulating type with this many elements
+template <typename T>
+T* values(const Tensor& t, const char* name, int64_t count) {
+  check_cpu(t, name);
+  STD_TORCH_CHECK(dtype_of(t, name) == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32), name, " must be ", sizeof(T) == 8 ? "fp64" : "fp32");
+  STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
+}
+
+template <typename T>
+T* values(const std::optional<Tensor>& t, const char* name, int64_t count) {
+  return t.has_value() ? values<T>(*t, name, count) : nullptr;
+}
+
+template <typename T>
+std::unique_ptr<T[]> buffer(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);  // uninitialized
+}
+
+template <typename T>
+int64_t panel_count(int64_t columns) {
+  return (columns + kernels<T>().panel - 1) / kernels<T>().panel;
+}
+
+// How many items of `cost` multiply-adds make a piece of work worth a thread
+int64_t grain(int64_t cost) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cost)); }
+
+template <typename T>
+void weight_pass(
+    const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& magnitude, double scaling,
+    const Tensor& norm, bool norm_known, bool minus_weight, const std::optional<Tensor>& out) {
+  const auto& k = kernels<T>();
+  STD_TORCH_CHECK(weight.dim() == 2 && lora_A.dim() == 2, "weight and lora_A must be matrices");
+  const int64_t n = weight.size(0), in = weight.size(1), r = lora_A.size(0);
+  STD_TORCH_CHECK(!minus_weight || (norm_known && out.has_value()), "minus_weight needs the norm and an output");
+  // a transposed view of a row-major matrix is read as that matrix
+  const bool columns = weight.stride(0) == 1 && weight.stride(1) != 1 && n > 1;
+  const T* a = values<T>(lora_A, "lora_A", r * in);
+  const T* b = values<T>(lora_B, "lora_B", n * r);
+  WeightArgs<T> args{};
+  args.magnitude = values<T>(magnitude, "magnitude", n);
+  args.norm = values<T>(norm, "norm", n);
+  args.out_features = n, args.in_features = in, args.r = r;
+  args.norm_known = norm_known, args.minus_weight = minus_weight, args.floor = T(kNormFloor);
+  if (n == 0) return;
+  if (!columns) {
+    args.weight = matrix(weight, "weight", n, in);
+    if (out.has_value()) args.out = matrix(*out, "out", n, in);
+    auto panels = buffer<T>(std::max<int64_t>(1, panel_count<T>(in) * k.panel * r));
+    k.pack_panels(a, in, 1, r, in, T(scaling), panels.get());
+    args.panels = panels.get(), args.left = b;
+    const int64_t scratch = 8 * panel_count<T>(in) * k.panel + 4 * r + 1;
+    const int64_t groups = (n + 3) / 4;
+    torch::stable::parallel_for(0, groups, grain(4 * in * (r + 2)), [&](int64_t begin, int64_t end) {
+      auto own = buffer<T>(scratch);
+      k.weight_rows(args, 4 * begin, std::min(4 * end, n), own.get());
+    });
+    return;
+  }
+  Tensor stored = torch::stable::transpose(weight, 0, 1);
+  args.weight = matrix(stored, "weight", in, n);
+  if (out.has_value()) args.out = matrix(torch::stable::transpose(*out, 0, 1), "out", in, n);
+  auto panels = buffer<T>(std::max<int64_t>(1, panel_count<T>(n) * k.panel * r));
+  k.pack_panels(b, 1, r, r, n, T(scaling), panels.get());
+  auto left = buffer<T>(std::max<int64_t>(1, in * r));
+  for (int64_t j = 0; j < r; ++j)
+    for (int64_t c = 0; c < in; ++c) left[c * r + j] = a[j * in + c];
+  args.panels = panels.get(), args.left = left.get();
+  torch::stable::parallel_for(0, panel_count<T>(n), grain(k.panel * in * (r + 2)), [&](int64_t begin, int64_t end) {
+    auto own = buffer<T>((in + 8) * k.panel);
+    k.weight_columns(args, begin, end, own.get());
+  });
+}
+
+bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+
+void weight_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, const Tensor& norm) {
+  auto pass = is_double(norm) ? weight_pass<double> : weight_pass<float>;
+  pass(weight, lora_A, lora_B, std::nullopt, scaling, norm, false, false, std::nullopt);
+}
+
+void merged_weight(
+    const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> magnitude, double scaling,
+    const Tensor& norm, bool norm_known, bool minus_weight, const Tensor& out) {
+  auto pass = is_double(norm) ? weight_pass<double> : weight_pass<float>;
+  pass(weight, lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out);
+}
+
+template <typename T>
+int64_t adapter_gradients_of(
+    const Tensor& x, const Tensor& g, const std::optional<Tensor>& y, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, const Tensor& norm, const std::optional<Tensor>& bias, double scaling,
+    const std::optional<Tensor>& grad_A, const std::optional<Tensor>& grad_B, const std::optional<Tensor>& grad_magnitude,
+    const std::optional<Tensor>& doubtful, double doubtful_ratio, bool from_updated) {
+  const auto& k = kernels<T>();
+  STD_TORCH_CHECK(g.dim() == 2 && lora_A.dim() == 2, "g and lora_A must be matrices");
+  const int64_t tokens = g.size(0), n = g.size(1), r = lora_A.size(0), in = lora_A.size(1);
+  STD_TORCH_CHECK(grad_A.has_value() == grad_B.has_value(), "grad_A and grad_B are computed together");
+  STD_TORCH_CHECK(grad_magnitude.has_value() == y.has_value() && grad_magnitude.has_value() == doubtful.has_value(),
+                  "grad_magnitude, doubtful and y go together");
+  const bool direction = grad_A.has_value(), with_magnitude = grad_magnitude.has_value();
+  const T* b = values<T>(lora_B, "lora_B", n * r);
+  const T* m = values<T>(magnitude, "magnitude", n);
+  const T* norms = values<T>(norm, "norm", n);
+  GradientArgs<T> args{};
+  args.g = matrix(g, "g", tokens, n);
+  args.lora_A = values<T>(lora_A, "lora_A", r * in);
+  args.bias = values<T>(bias, "bias", n);
+  args.tokens = tokens, args.in_features = in, args.out_features = n, args.r = r;
+  T *to_A = values<T>(grad_A, "grad_A", r * in), *to_B = values<T>(grad_B, "grad_B", n * r);
+  T* to_m = values<T>(grad_magnitude, "grad_magnitude", n);
+  bool* flags = nullptr;
+  if (with_magnitude) {
+    args.y = matrix(*y, "y", tokens, n);
+    STD_TORCH_CHECK(doubtful->scalar_type() == ScalarType::Bool && doubtful->numel() == n && doubtful->is_contiguous(),
+                    "doubtful must be bool [", n, "]");
+    flags = static_cast<bool*>(doubtful->mutable_data_ptr());
+  }
+  if (direction) args.x = matrix(x, "x", tokens, in);
+  auto scale = [&](int64_t i) { return norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1); };
+  std::unique_ptr<T[]> scaled_B, hidden, projected, by_rank, sums;
+  if (direction) {
+    scaled_B = buffer<T>(std::max<int64_t>(1, r * n));
+    hidden = buffer<T>(std::max<int64_t>(1, r * tokens));
+    projected = buffer<T>(std::max<int64_t>(1, r * tokens));
+    by_rank = buffer<T>(std::max<int64_t>(1, r * n));
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < r; ++j) scaled_B[j * n + i] = scale(i) * b[i * r + j];
+    std::fill(to_A, to_A + r * in, T(0));
+    std::fill(by_rank.get(), by_rank.get() + r * n, T(0));
+    args.scaled_B = scaled_B.get(), args.hidden = hidden.get(), args.projected = projected.get();
+    args.grad_A = to_A, args.grad_B = by_rank.get();
+    const int64_t pairs = (tokens + 1) / 2;
+    torch::stable::parallel_for(0, pairs, grain(2 * r * (in + n)), [&](int64_t begin, int64_t end) {
+      auto own = buffer<T>(2 * std::max(in, n) + 1);
+      k.project_tokens(args, 2 * begin, std::min(2 * end, tokens), own.get());
+    });
+  }
+  if (with_magnitude) {
+    sums = buffer<T>(std::max<int64_t>(1, 2 * n));
+    std::fill(sums.get(), sums.get() + 2 * n, T(0));
+    args.grad_scale_sum = sums.get(), args.square_sum = sums.get() + n;
+  }
+  // each piece takes its share of the panels of both sides, so that pieces cost the same
+  const int64_t panels_A = direction ? panel_count<T>(in) : 0, panels_B = panel_count<T>(n);
+  const int64_t work = tokens * k.panel * (direction ? r + 1 : 1);
+  const int64_t pieces = std::clamp<int64_t>((panels_A + panels_B) / grain(work), 1, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    if (direction) k.grad_A_panels(args, panels_A * begin / pieces, panels_A * end / pieces);
+    k.grad_B_panels(args, panels_B * begin / pieces, panels_B * end / pieces);
+  });
+  if (direction) {
+    for (int64_t i = 0; i < r * in; ++i) to_A[i] *= T(scaling);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < r; ++j) to_B[i * r + j] = T(scaling) * scale(i) * by_rank[j * n + i];
+  }
+  int64_t doubtful_count = 0;
+  if (with_magnitude) {
+    for (int64_t i = 0; i < n; ++i) {
+      const bool fixed = !(norms[i] >= T(kNormFloor));
+      if (from_updated) {  // y is V x itself
+        flags[i] = false;
+        to_m[i] = fixed ? T(0) : args.grad_scale_sum[i] / norms[i];
+        continue;
+      }
+      // y - bias lost the digits of c u where the bias is the larger part; near m = 0 it is not divisible by m
+      const double offset = args.bias ? double(args.bias[i]) : 0.0;
+      const bool lost = offset * offset * double(tokens) > doubtful_ratio * doubtful_ratio * double(args.square_sum[i]);
+      const bool tiny = !(std::abs(double(m[i])) >= kNormFloor * std::max(1.0, double(norms[i])));
+      flags[i] = !fixed && (tiny || (offset != 0.0 && lost));
+      doubtful_count += flags[i];
+      to_m[i] = fixed || tiny ? T(0) : args.grad_scale_sum[i] / m[i];
+    }
+  }
+  return doubtful_count;
+}
+
+int64_t adapter_gradients(
+    const Tensor& x, const Tensor& g, std::optional<Tensor> y, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> grad_A,
+    std::optional<Tensor> grad_B, std::optional<Tensor> grad_magnitude, std::optional<Tensor> doubtful, double doubtful_ratio, bool from_updated) {
+  auto run = is_double(norm) ? adapter_gradients_of<double> : adapter_gradients_of<float>;
+  return run(
+      x, g, y, lora_A, lora_B, magnitude, norm, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful, doubtful_ratio, from_updated);
+}
+
+template <typename T>
+void direction_backward_of(
+    const Tensor& weight, const std::optional<Tensor>& grad, const Tensor& lora_A, const Tensor& lora_B,
+    const std::optional<Tensor>& magnitude, double scaling, const Tensor& norm, const std::optional<Tensor>& grad_norm,
+    const Tensor& grad_A, const Tensor& grad_B, const std::optional<Tensor>& grad_magnitude) {
+  const auto& k = kernels<T>();
+  STD_TORCH_CHECK(weight.dim() == 2 && lora_A.dim() == 2, "weight and lora_A must be matrices");
+  STD_TORCH_CHECK(grad.has_value() || grad_norm.has_value(), "one of grad and grad_norm is needed");
+  const int64_t n = weight.size(0), in = weight.size(1), r = lora_A.size(0);
+  DirectionArgs<T> args{};
+  args.weight = matrix(weight, "weight", n, in);
+  if (grad.has_value()) args.grad = matrix(*grad, "grad", n, in);
+  args.lora_A = values<T>(lora_A, "lora_A", r * in);
+  args.lora_B = values<T>(lora_B, "lora_B", n * r);
+  args.magnitude = values<T>(magnitude, "magnitude", n);
+  args.norm = values<T>(norm, "norm", n);
+  args.grad_norm = values<T>(grad_norm, "grad_norm", n);
+  T* to_A = values<T>(grad_A, "grad_A", r * in);
+  args.grad_B = values<T>(grad_B, "grad_B", n * r);
+  args.grad_magnitude = values<T>(grad_magnitude, "grad_magnitude", n);
+  args.out_features = n, args.in_features = in, args.r = r, args.scaling = T(scaling), args.floor = T(kNormFloor);
+  const int64_t padded = panel_count<T>(in) * k.panel;
+  auto panels = buffer<T>(std::max<int64_t>(1, padded * r));
+  k.pack_panels(args.lora_A, in, 1, r, in, T(scaling), panels.get());
+  args.panels = panels.get();
+  // the number of partial sums depends on the shape alone, so the result does not depend on the number of threads
+  const int64_t parts = std::clamp<int64_t>(n / 64, 1, 16);
+  auto partial = buffer<T>(std::max<int64_t>(1, parts * padded * r));
+  std::fill(partial.get(), partial.get() + parts * padded * r, T(0));
+  torch::stable::parallel_for(0, parts, grain(n / parts * in * (3 * r + 2)), [&](int64_t begin, int64_t end) {
+    auto own = buffer<T>(12 * padded + 9 * r + 1);
+    for (int64_t part = begin; part < end; ++part)
+      k.direction_rows(args, n * part / parts, n * (part + 1) / parts, partial.get() + part * padded * r, own.get());
+  });
+  for (int64_t j = 0; j < r; ++j)
+    for (int64_t c = 0; c < in; ++c) {
+      T sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += partial[(part * r + j) * padded + c];
+      to_A[j * in + c] = T(scaling) * sum;
+    }
+}
+
+void direction_backward(
+    const Tensor& weight, std::optional<Tensor> grad, const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> magnitude,
+    double scaling, const Tensor& norm, std::optional<Tensor> grad_norm, const Tensor& grad_A, const Tensor& grad_B,
+    std::optional<Tensor> grad_magnitude) {
+  auto run = is_double(norm) ? direction_backward_of<double> : direction_backward_of<float>;
+  run(weight, grad, lora_A, lora_B, magnitude, scaling, norm, grad_norm, grad_A, grad_B, grad_magnitude);
+}
+
+template <typename T>
+void compose_of(
+    const Tensor& base, const std::optional<Tensor>& base_dropped, const Tensor& hidden, const Tensor& lora_B, const Tensor& scale,
+    const std::optional<Tensor>& bias, double scaling, const Tensor& out) {
+  const auto& k = kernels<T>();
+  STD_TORCH_CHECK(base.dim() == 2 && hidden.dim() == 2, "base and hidden must be matrices");
+  ComposeArgs<T> args{};
+  args.tokens = base.size(0), args.out_features = base.size(1), args.r = hidden.size(1);
+  args.base = matrix(base, "base", args.tokens, args.out_features);
+  if (base_dropped.has_value()) args.base_dropped = matrix(*base_dropped, "base_dropped", args.tokens, args.out_features);
+  args.out = matrix(out, "out", args.tokens, args.out_features);
+  args.hidden = values<T>(hidden, "hidden", args.tokens * args.r);
+  const T* b = values<T>(lora_B, "lora_B", args.out_features * args.r);
+  args.scale = values<T>(scale, "scale", args.out_features);
+  args.bias = values<T>(bias, "bias", args.out_features);
+  auto panels = buffer<T>(std::max<int64_t>(1, panel_count<T>(args.out_features) * k.panel * args.r));
+  k.pack_panels(b, 1, args.r, args.r, args.out_features, T(scaling), panels.get());
+  args.panels = panels.get();
+  const int64_t groups = (args.tokens + 3) / 4;
+  torch::stable::parallel_for(0, groups, grain(4 * args.out_features * (args.r + 2)), [&](int64_t begin, int64_t end) {
+    k.compose_tokens(args, 4 * begin, std::min(4 * end, args.tokens));
+  });
+}
+
+void compose(
+    const Tensor& base, std::optional<Tensor> base_dropped, const Tensor& hidden, const Tensor& lora_B, const Tensor& scale,
+    std::optional<Tensor> bias, double scaling, const Tensor& out) {
+  auto run = is_double(scale) ? compose_of<double> : compose_of<float>;
+  run(base, base_dropped, hidden, lora_B, scale, bias, scaling, out);
+}
+
+}  // namespace
+}  // namespace bidora
+
+STABLE_TORCH_LIBRARY(bidora_native, m) {
+  m.def("weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor(a!) norm) -> ()");
+  m.def(
+      "merged_weight(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude, float scaling, Tensor(a!) norm, "
+      "bool norm_known, bool minus_weight, Tensor(b!) out) -> ()");
+  m.def(
+      "adapter_gradients(Tensor x, Tensor g, Tensor? y, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor norm, "
+      "Tensor? bias, float scaling, Tensor(a!)? grad_A, Tensor(b!)? grad_B, Tensor(c!)? grad_magnitude, "
+      "Tensor(d!)? doubtful, float doubtful_ratio, bool from_updated) -> int");
+  m.def(
+      "direction_backward(Tensor weight, Tensor? grad, Tensor lora_A, Tensor lora_B, Tensor? magnitude, float scaling, "
+      "Tensor norm, Tensor? grad_norm, Tensor(a!) grad_A, Tensor(b!) grad_B, Tensor(c!)? grad_magnitude) -> ()");
+  m.def(
+      "compose(Tensor base, Tensor? base_dropped, Tensor hidden, Tensor lora_B, Tensor scale, Tensor? bias, float scaling, "
+      "Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bidora_native, CPU, m) {
+  m.impl("weight_norm", TORCH_BOX(&bidora::weight_norm));
+  m.impl("merged_weight", TORCH_BOX(&bidora::merged_weight));
+  m.impl("adapter_gradients", TORCH_BOX(&bidora::adapter_gradients));
+  m.impl("direction_backward", TORCH_BOX(&bidora::direction_backward));
+  m.impl("compose", TORCH_BOX(&bidora::compose));
+}

@@ -1,0 +1,106 @@
+"""How well each estimator gives the second-order term q and the hypergradient h: against double backward in fp64.
+
+MiniLM-L6 with DoRA on CoLA text, at several stages of training; unroll="gradient", xi=1. `q` is the second-order term, `h` the
+whole hypergradient; each estimator's own validation gradient is part of what is compared.
+
+    python benchmarks/fidelity.py --quick
+    python benchmarks/fidelity.py --json fidelity.json
+    python benchmarks/fidelity.py --radii 1e-4 1e-3 1e-2        # sweep the radius, as a fraction of the directions' length
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from encoder import (
+    TARGETS,
+    Batch,
+    Batches,
+    bf16_loss_fn,
+    cosine,
+    double_copy,
+    encoder,
+    flat,
+    loss_fn,
+    relative_error,
+    stages,
+)
+from torch import nn
+
+import bidora_kernels as bk
+
+COMPUTE = {"fp32": loss_fn, "bf16": bf16_loss_fn}
+
+
+def terms(model: nn.Module, estimator: Any, loss: Any, train: Batch, validation: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    direction, magnitude = bk.split_parameters(model)
+    optimizer = bk.BilevelOptimizer(
+        model, lower=torch.optim.SGD(direction, lr=1.0), upper=torch.optim.SGD(magnitude, lr=1.0),
+        estimator=estimator, xi=1.0, unroll="gradient",
+    )  # fmt: skip
+    direct, second_order = optimizer.hypergradient(loss, train, validation, terms=True)
+    return flat(second_order), flat(direct) + flat(second_order)
+
+
+def estimators(radii: list[float] | None) -> dict[str, Any]:
+    if not radii:
+        return {"central": bk.CentralDifference(), "one-sided": bk.ForwardDifference()}
+    chosen = {}
+    for radius in radii:
+        chosen[f"central {radius:g}"] = bk.CentralDifference(relative_radius=radius)
+        chosen[f"one-sided {radius:g}"] = bk.ForwardDifference(relative_radius=radius)
+    return chosen
+
+
+def measure(r: int, targets: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    model, batches = encoder(r, targets), Batches(arguments.seed)
+    rows = []
+    for step, _ in stages(model, batches, arguments.stages, arguments.lr):
+        train, validation = (batches.draw(part, arguments.batch_size) for part in ("train", "validation"))
+        exact_q, exact_h = terms(double_copy(model), bk.DoubleBackward(), loss_fn, train, validation)
+        for compute in arguments.compute:
+            for name, estimator in estimators(arguments.radii).items():
+                q, h = terms(model, estimator, COMPUTE[compute], train, validation)
+                row = {
+                    "r": r, "targets": targets, "step": step, "compute": compute, "estimator": name,
+                    "q_cosine": cosine(q, exact_q), "q_error": relative_error(q, exact_q),
+                    "h_cosine": cosine(h, exact_h), "h_error": relative_error(h, exact_h),
+                    "q_over_direct": float(exact_q.norm() / (exact_h - exact_q).norm()),
+                }  # fmt: skip
+                print(
+                    f"{r:3d}  {targets:11s}  {step:5d}  {compute:7s}  {name:16s}  {row['q_cosine']:8.5f}  {row['q_error']:8.1e}  "
+                    f"{row['h_cosine']:8.5f}  {row['h_error']:8.1e}  {row['q_over_direct']:8.2e}",
+                    flush=True,
+                )
+                rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="r 4 on query+value, steps 0 and 20")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 100, 400], help="steps of training (default: 0 100 400)")
+    parser.add_argument("--compute", nargs="+", choices=list(COMPUTE), default=list(COMPUTE))
+    parser.add_argument("--radii", type=float, nargs="+", help="relative radii to sweep instead of the default")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the training between the stages")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.ranks, arguments.targets, arguments.stages = [4], ["query+value"], [0, 20]
+    print(f"{'r':>3s}  {'targets':11s}  {'step':>5s}  {'compute':7s}  {'estimator':16s}  {'cos q':>8s}  {'err q':>8s}  "
+          f"{'cos h':>8s}  {'err h':>8s}  {'|q|/|d|':>8s}")  # fmt: skip
+    rows = [row for r in arguments.ranks for targets in arguments.targets for row in measure(r, targets, arguments)]
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"schema_version": 1, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

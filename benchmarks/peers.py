@@ -1,0 +1,327 @@
+"""The providers of a layer: what a user would otherwise pick, each the way its documentation says is fastest, and this library.
+
+PEFT: dropout 0 (it then reuses the base output), the adapter's dtype as named, `DoraCaching` where it may cache (eval mode).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bidora_kernels as bk
+
+from . import machine, oracle
+from .cases import DTYPES, DecodeCase, LayerCase
+from .timing import Candidate
+
+MAX_SETS = 24
+BACKENDS = ("native", "triton", "reference")
+
+
+class Unavailable(RuntimeError):
+    """A provider cannot run here; the text says why."""
+
+
+def ours(backend: str) -> str:
+    """The name of this library's provider on one backend."""
+    return f"bidora ({backend})"
+
+
+@contextlib.contextmanager
+def backend_context(backend: str, no_grad: bool = False) -> Iterator[None]:
+    """Run this library on one backend."""
+    with bk.use_backend(backend), torch.no_grad() if no_grad else contextlib.nullcontext():
+        yield
+
+
+def need_backend(backend: str, device: str) -> None:
+    """Raise Unavailable where a backend cannot serve a device."""
+    from bidora_kernels.ops._backend import resolve
+
+    try:
+        with bk.use_backend(backend):
+            resolve(device)
+    except bk.BackendUnavailable as error:
+        raise Unavailable(str(error)) from None
+
+
+def need_package(name: str) -> None:
+    """Raise Unavailable where an optional package is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise Unavailable(f"the package {name} is not installed")
+
+
+@dataclasses.dataclass
+class Set:
+    """One set of inputs and frozen weights."""
+
+    x: Tensor
+    grad: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+class Material:
+    """The tensors of one layer case: as many sets as it takes to leave the cache, and one adapter for all of them.
+
+    ||scaling * B A|| has the size of ||W0|| and magnitudes differ from norms by up to 30 %, so that no term can be dropped unseen.
+    """
+
+    def __init__(self, case: LayerCase, device: str) -> None:
+        self.case, self.device, self.dtype = case, device, DTYPES[case.dtype]
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int, std: float = 1.0) -> Tensor:
+            return torch.empty(shape, device=device).normal_(std=std, generator=generator)
+
+        n, k, t, r = case.out_features, case.in_features, case.tokens, case.r
+        touched = (n * k + 2 * t * (n + k)) * self.dtype.itemsize
+        count = max(1, min(MAX_SETS, math.ceil(2 * machine.cache_bytes(device) / touched)))
+        self.sets = []
+        for _ in range(count):
+            bias = nn.Parameter(normal(n).to(self.dtype), False) if case.bias else None
+            weight = nn.Parameter(normal(n, k, std=0.02).to(self.dtype), False)
+            x = normal(t, k).to(self.dtype).requires_grad_(case.kind == "layer")
+            self.sets.append(Set(x, normal(t, n).to(self.dtype), weight, bias))
+        scaling = 2.0
+        lora_A, lora_B = normal(r, k, std=1 / math.sqrt(k)), normal(n, r, std=0.02 * math.sqrt(k / r) / scaling)
+        norm = (self.sets[0].weight.float() + scaling * lora_B @ lora_A).norm(dim=1)
+        spread = torch.empty(n, device=device).uniform_(0.7, 1.3, generator=generator)
+        self.adapter = oracle.Adapter(lora_A, lora_B, norm * spread, scaling)
+
+    @functools.cache  # noqa: B019 - a material lives as long as its case
+    def expected(self, rule: str) -> oracle.Expected:
+        first = self.sets[0]
+        return oracle.expected(first.x.detach(), first.grad, first.weight, first.bias, self.adapter, rule)
+
+    def plain(self, which: Set) -> nn.Module:
+        """The frozen layer as its model has it: an nn.Linear, or transformers' Conv1D, over the set's own weight."""
+        n, k = self.case.out_features, self.case.in_features
+        if self.case.conv1d:
+            need_package("transformers")
+            from transformers.pytorch_utils import Conv1D
+
+            layer = Conv1D(n, k)
+            layer.weight = nn.Parameter(which.weight.detach().t().contiguous(), False)
+            layer.bias = which.bias
+            return layer
+        layer = nn.Linear(k, n, bias=which.bias is not None, device="meta")
+        layer.weight, layer.bias = which.weight, which.bias
+        return layer
+
+
+Gradients = dict[str, Tensor]
+
+
+def _candidate(
+    name: str,
+    material: Material,
+    rule: str,
+    make: Callable[[Set], tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]],
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Candidate:
+    """Build a candidate from `make`, which returns a set's forward and the tensors whose gradients it computes beside x's."""
+    train = material.case.kind == "layer"
+    sets = material.sets
+    made = [make(which) for which in sets]
+
+    def results(forward: Callable[[Tensor], Tensor], parameters: dict[str, Tensor], which: Set) -> Gradients:
+        if not train:
+            return {"y": forward(which.x)}
+        y = forward(which.x)
+        grads = torch.autograd.grad(y, [which.x, *parameters.values()], which.grad.to(y.dtype))
+        return {"y": y, **dict(zip(("x", *parameters), grads, strict=True))}
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        with around(), contextlib.nullcontext() if train else torch.no_grad():
+            yield
+
+    def verify() -> dict[str, float]:
+        with entered():
+            found = results(*made[0], sets[0])
+        return oracle.compare(found, material.expected(rule), oracle.TOLERANCE[material.dtype])
+
+    calls = [
+        functools.partial(results, forward, parameters, which) for (forward, parameters), which in zip(made, sets, strict=True)
+    ]
+    return Candidate(name, calls, verify, entered)
+
+
+def _frozen(material: Material) -> Candidate:
+    return _candidate("frozen linear", material, "frozen", lambda which: (material.plain(which), {}))
+
+
+class _Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+def peft_layer(layer: nn.Module, adapter: oracle.Adapter, dora: bool, fp32: bool, conv1d: bool, train: bool) -> nn.Module:
+    """PEFT's own layer around `layer`, holding the adapter's values; adapters in fp32, or in the layer's dtype."""
+    need_package("peft")
+    import peft
+
+    r = adapter.lora_A.shape[0]
+    config = peft.LoraConfig(
+        r=r, lora_alpha=adapter.scaling * r, target_modules=["layer"], use_dora=dora, fan_in_fan_out=conv1d, lora_dropout=0.0
+    )
+    wrapped = peft.get_peft_model(_Holder(layer), config, autocast_adapter_dtype=fp32).base_model.model.layer
+    with torch.no_grad():
+        wrapped.lora_A.default.weight.copy_(adapter.lora_A)
+        wrapped.lora_B.default.weight.copy_(adapter.lora_B)
+        if dora:
+            wrapped.lora_magnitude_vector.default.weight.copy_(adapter.magnitude)
+    return wrapped.train(train)
+
+
+def _peft(name: str, material: Material, dora: bool, fp32: bool = False, caching: bool = False) -> Candidate:
+    train = material.case.kind == "layer"
+
+    def make(which: Set) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+        layer = peft_layer(material.plain(which), material.adapter, dora, fp32, material.case.conv1d, train)
+        parameters = {"lora_A": layer.lora_A.default.weight, "lora_B": layer.lora_B.default.weight}
+        if dora:
+            parameters["magnitude"] = layer.lora_magnitude_vector.default.weight
+        return layer, parameters
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        from peft.helpers import DoraCaching
+
+        autocast = torch.autocast(material.device, material.dtype, enabled=fp32)
+        with autocast, DoraCaching(enabled=caching):
+            yield
+
+    return _candidate(name, material, "dora" if dora else "lora", make, around)
+
+
+def _bidora(material: Material, backend: str, merged: bool = False) -> Candidate:
+    need_backend(backend, material.device)
+    adapter, train = material.adapter, material.case.kind == "layer"
+
+    def make(which: Set) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+        plain = material.plain(which)
+        settings = {"r": adapter.lora_A.shape[0], "lora_alpha": adapter.scaling * adapter.lora_A.shape[0]}
+        if material.case.conv1d:
+            layer = bk.FusedDoraConv1D.from_conv1d(plain, **settings)
+        else:
+            layer = bk.FusedDoraLinear.from_linear(plain, **settings)
+        with torch.no_grad():
+            for name in ("lora_A", "lora_B", "magnitude"):
+                getattr(layer, name).copy_(getattr(adapter, name))
+        layer.train(train)
+        if merged:
+            layer.merge()
+        return layer, {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "magnitude": layer.magnitude}
+
+    name = ours(backend) + (" merged" if merged else "")
+    with bk.use_backend(backend):
+        return _candidate(name, material, "dora", make, functools.partial(backend_context, backend))
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_()
+
+
+def _function(name: str, material: Material, call: Callable[..., Tensor]) -> Candidate:
+    """A provider that is a function of (x, weight, lora_A, lora_B, magnitude, scaling, bias)."""
+    adapter = material.adapter
+
+    def make(which: Set) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+        parameters = {name: _leaf(getattr(adapter, name)) for name in ("lora_A", "lora_B", "magnitude")}
+        return (lambda x: call(x, which.weight, *parameters.values(), adapter.scaling, which.bias)), parameters
+
+    return _candidate(name, material, "dora", make)
+
+
+class _WriteMergedWeight(torch.autograd.Function):
+    """DoRA in twenty lines of PyTorch: write W' once, one product each way. It keeps W' of every layer for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, bias):
+        updated = torch.addmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=scaling)
+        norm = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float32)
+        scale = magnitude / norm
+        merged = updated.mul_(scale.to(updated.dtype)[:, None])
+        y = torch.nn.functional.linear(x, merged, bias)
+        ctx.save_for_backward(x, merged, lora_A, lora_B, magnitude, scale, y, bias)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        (grad,) = grads
+        x, merged, lora_A, lora_B, magnitude, scale, y, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        grad_x = (grad @ merged) if needs[0] else None
+        grad_A = grad_B = grad_magnitude = None
+        if needs[2]:
+            factor = (scale * ctx.scaling)[:, None] * lora_B
+            grad_A = (flat_grad @ factor.to(grad.dtype)).T @ flat_x
+            grad_B = (flat_grad.T @ (flat_x @ lora_A.to(grad.dtype).T)).float() * (scale * ctx.scaling)[:, None]
+        if needs[4]:
+            product = y if bias is None else y - bias
+            grad_magnitude = (flat_grad * product.reshape(flat_grad.shape)).sum(0, dtype=torch.float32) / magnitude
+        return grad_x, None, grad_A, grad_B, grad_magnitude, None, None
+
+
+def plain_function(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, bias) -> Tensor:
+    """The twenty-line function as a call."""
+    return _WriteMergedWeight.apply(x, weight, lora_A, lora_B, magnitude, scaling, bias)
+
+
+def _compiled(material: Material) -> Candidate:
+    if not material.case.compiled:
+        raise Unavailable("not compiled for this case")
+    torch._dynamo.reset()
+    function = torch.compile(bk.reference.dora_linear, dynamic=False)
+    return _function("reference, torch.compile", material, function)
+
+
+def _merged(material: Material) -> Candidate:
+    """An nn.Linear that holds W': what a merged export costs."""
+
+    def make(which: Set) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
+        a = material.adapter
+        weight = bk.reference.merged_weight(which.weight, a.lora_A, a.lora_B, a.magnitude, a.scaling).detach()
+        return material.plain(dataclasses.replace(which, weight=nn.Parameter(weight, False))), {}
+
+    return _candidate("merged linear", material, "dora", make)
+
+
+Builder = Callable[[Material], Candidate]
+
+
+def layer_providers(case: LayerCase) -> dict[str, Builder]:
+    """Every provider of a layer case by name, the floor first."""
+    decode = isinstance(case, DecodeCase)
+    found: dict[str, Builder] = {"frozen linear": _frozen}
+    if decode:
+        found["merged linear"] = _merged
+    found["PEFT LoRA"] = lambda m: _peft("PEFT LoRA", m, dora=False)
+    found["PEFT DoRA"] = lambda m: _peft("PEFT DoRA", m, dora=True)
+    if case.dtype != "fp32":
+        name = "PEFT DoRA, fp32 adapters"  # PEFT's default on a 16-bit model
+        found[name] = lambda m: _peft("PEFT DoRA, fp32 adapters", m, dora=True, fp32=True)
+    if decode:
+        found["PEFT DoRA, DoraCaching"] = lambda m: _peft("PEFT DoRA, DoraCaching", m, dora=True, caching=True)
+    else:
+        found["plain function"] = lambda m: _function("plain function", m, plain_function)
+    if case.compiled:
+        found["reference, torch.compile"] = _compiled
+    for backend in BACKENDS:
+        found[ours(backend)] = functools.partial(_bidora, backend=backend)
+    if decode:
+        found["bidora merged"] = lambda m: dataclasses.replace(_bidora(m, "reference", merged=True), name="bidora merged")
+    return found

@@ -46,7 +46,7 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # field of TrainSettings: h
     "target_modules": ("names of the adapted layers, separated by commas, or all-linear", {}),
     "train_examples": ("use about so many training examples, stratified", {"type": int}),
     "test_examples": ("use about so many test examples, stratified", {"type": int}),
-    "eval_every": ("also test every so many steps", {"type": int}),
+    "eval_every": ("also test every so many steps and after each phase", {"type": int}),
     "checkpoint_every": ("save a checkpoint every so many steps", {"type": int}),
     "precision": ("fp32, or bf16 autocast", {"choices": PRECISIONS}),
     "device": ("cpu, cuda, or auto", {}),

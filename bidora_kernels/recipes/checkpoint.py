@@ -20,7 +20,8 @@ def rng_state() -> dict[str, Any]:
     """The state of torch's (every device's), Python's and numpy's generators, in plain types."""
     import numpy
 
-    name, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+    numpy_state: Any = numpy.random.get_state()
+    name, keys, position, has_gauss, gauss = numpy_state
     version, internal, gauss_next = random.getstate()
     return {
         "torch": torch.get_rng_state(),

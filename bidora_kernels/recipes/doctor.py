@@ -7,6 +7,7 @@ import shutil
 from typing import Any
 
 from ..ops._backend import BACKENDS, backends, environment_backend
+from . import UserError
 from .presets import MINILM
 from .results import table
 from .runs import machine, source_commit, versions
@@ -27,12 +28,16 @@ def _installed(module: str) -> bool:
 
 def diagnose() -> dict[str, Any]:
     """The facts, as JSON types. Raises UserError for a BIDORA_BACKEND that names no backend."""
+    try:
+        backend = environment_backend()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     missing = {extra: [module for module in modules if not _installed(module)] for extra, modules in _EXTRAS.items()}
     return {
         "versions": versions(),
         "machine": machine(),
         "commit": source_commit(),
-        "backend": environment_backend(),
+        "backend": backend,
         "backends": {device: {"backend": choice.backend, "reason": choice.reason} for device, choice in backends().items()},
         "missing": {extra: modules for extra, modules in missing.items() if modules},
         "demo_packages": {package: _installed(module) for package, module in _DATA.items()},

@@ -191,8 +191,9 @@ def _grouped(model: nn.Module, tokenizer: Any, method: str, new_modules: list[st
 
 
 def _save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def save_trained(run: RunFolder, trained: TrainedModel, method: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..bilevel import preset
 from .settings import TrainSettings
 from .tasks import permutation, split_indices
 
@@ -45,8 +46,11 @@ def plan_phases(settings: TrainSettings, labels: list[Any], stratified: bool) ->
     everything = list(range(len(labels)))
     if settings.method != "bidora":
         return [Phase("train", settings.steps + settings.retrain_steps, everything, [], 1)]
+    chosen = preset(settings.bilevel)
     train, validation = split_indices(labels, settings.partition, settings.seed, stratified)
-    phases = [Phase("search", settings.steps, train, validation, 2.25 if validation else 1)]
+    upper = 1 + validation_batch_size(settings) / settings.batch_size  # a difference pass and the validation pass
+    cost = 1 + upper / chosen.optimizer.get("upper_every", 1) if validation else 1
+    phases = [Phase("search", settings.steps, train, validation, cost)]
     if settings.retrain_steps:
         phases.append(Phase("retrain", settings.retrain_steps, everything, [], 1))
         if not validation and retrain_from(settings) == "init":
@@ -56,13 +60,9 @@ def plan_phases(settings: TrainSettings, labels: list[Any], stratified: bool) ->
 
 def retrain_from(settings: TrainSettings) -> str:
     """Where the retraining starts: the setting, else what the bilevel preset says."""
-    from ..bilevel import preset
-
     return settings.retrain_from or preset(settings.bilevel).retrain_from
 
 
 def validation_batch_size(settings: TrainSettings) -> int:
     """Validation examples per upper step: the setting, else the bilevel preset's share of the train batch."""
-    from ..bilevel import preset
-
     return settings.validation_batch_size or max(1, round(settings.batch_size * preset(settings.bilevel).validation_batch_ratio))

@@ -34,7 +34,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], 
         steps = [line for line in lines if line["phase"] == phase]
         _draw_losses(axes[0, column], steps)
         _draw_rates(axes[1, column], steps)
-        axes[0, column].set_title(f"{_TITLES[phase]}: {_score(summary, phase)}", fontsize=10)
+        axes[0, column].set_title(_TITLES[phase] + _score(summary, phase), fontsize=10)
         axes[1, column].set_xlabel("step")
     axes[0, 0].set_ylabel("loss")
     axes[1, 0].set_ylabel("hypergradient norm, learning rate")
@@ -48,7 +48,9 @@ def _widths(summary: Mapping[str, Any]) -> list[float]:
 
 
 def _score(summary: Mapping[str, Any], phase: str) -> str:
-    return f"test {summary['metric'].replace('_', ' ')} {summary['scores'][phase][summary['metric']]:.4f}"
+    if phase not in summary["scores"]:
+        return ""
+    return f": test {summary['metric'].replace('_', ' ')} {summary['scores'][phase][summary['metric']]:.4f}"
 
 
 def _points(lines: Sequence[Mapping[str, Any]], field: str) -> tuple[list[int], list[float]]:

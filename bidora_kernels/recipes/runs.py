@@ -29,8 +29,8 @@ _OWN = ("summary.json", "metrics.jsonl", "adapter", "model", "checkpoints", "cur
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour of `path` (a file or a folder), then rename it into place."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    _remove(temporary)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    _remove(temporary)  # a killed run may have left one
     try:
         write(temporary)
         if temporary.is_file():

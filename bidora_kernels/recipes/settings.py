@@ -25,7 +25,7 @@ class TrainSettings:
     Directions (lora_A, lora_B and the head) train with `lr`, magnitudes with `upper_lr` (None: `lr`). `steps` counts the search
     and `retrain_steps` the retraining; a method without a search trains for their sum. `retrain_lr` and `retrain_weight_decay`:
     None takes the search's. `validation_batch_size` and `retrain_from`: None takes what the bilevel preset says.
-    `max_norm` clips the lower gradient. `eval_every` adds test evaluations during training (0: only at the end).
+    `max_norm` clips the lower gradient. `eval_every` tests every so many steps and after each phase (0: at the end only).
     """
 
     task: str

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bilevel.schedule import TwoPhases
+from ..ops._backend import resolve
 from . import UserError
 from .checkpoint import load_checkpoint, rng_state, save_checkpoint, seed_everything, set_rng_state
 from .interruption import Interrupted, StopSignals
@@ -57,12 +59,11 @@ class Training:
         seed_everything(settings.seed)
         self.trained, warnings = build_model(settings, self.data.label_names)
         self.warnings = [*self.data.warnings, *warnings]
-        self.device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
-        )
+        self.device = _device(settings.device)
         self.model = self.trained.model.to(self.device).train()
         if settings.method == "bidora" and not self.phases[0].validation:
-            self._freeze_magnitudes()
+            for parameter in self.trained.magnitudes.values():
+                parameter.requires_grad_(False)
         self.train_set, self.test_set = (
             Encoded(part, self.trained.tokenizer, settings.max_length, self.device) for part in (self.data.train, self.data.test)
         )
@@ -82,22 +83,17 @@ class Training:
         """Wall time so far, without the time between an interruption and its resumption."""
         return self.seconds_before + time.monotonic() - self._started
 
-    def _freeze_magnitudes(self) -> None:
-        for parameter in self.trained.magnitudes.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
     def _begin(self, index: int) -> None:
         """Set up a phase: its optimizers, its order of examples, and for the retraining the directions it starts from."""
         self.index, self.step, self.upper_steps, self.evaluation_due = index, 0, 0, False
         phase, settings = self.phase, self.settings
-        if phase.name == "retrain":
-            self._freeze_magnitudes()
-            if retrain_from(settings) == "init":
-                with torch.no_grad():
-                    for name, parameter in self.trained.lower.items():
-                        parameter.copy_(self.initial[name])
         lower, magnitudes = list(self.trained.lower.values()), list(self.trained.magnitudes.values())
+        if phase.name == "retrain":
+            plan = TwoPhases(settings.steps, settings.retrain_steps, retrain_from(settings))
+            plan.begin_retraining(lower, magnitudes, list(self.initial.values()))
+            # out of the search's flat buffers: a BLAS may sum in another order at another alignment, and a resumed run has none
+            for parameter in (*lower, *magnitudes):
+                parameter.data = parameter.data.clone()
         self.update: BilevelUpdate | PlainUpdate
         if phase.validation:
             self.update = BilevelUpdate(self.model, settings, lower, magnitudes, phase.steps)
@@ -184,7 +180,8 @@ class Training:
                 self.progress.step(
                     self.phase.name, self.step, record.train_loss, record.validation_loss, record.hypergradient_norm, eta
                 )
-                if self.evaluation_due or self.step % self.settings.checkpoint_every == 0 or signals.received is not None:
+                due = self.step == self.phase.steps or self.step % self.settings.checkpoint_every == 0
+                if due or self.evaluation_due or signals.received is not None:
                     self._save(metrics)
                 self._stop_if_asked(signals)
 
@@ -201,11 +198,13 @@ class Training:
         if self.update.needs_validation:
             validation_batch = self.train_set.batch(self._validation_order.batch(self.upper_steps))
         record = self.update.step(self._loss, self.train_set.batch(self._train_order.batch(self.step)), validation_batch)
+        if not math.isfinite(record.hypergradient_norm or 0.0):
+            place = f"step {self.step + 1} of the phase {self.phase.name}"
+            raise NonFinite(f"the hypergradient is not finite in {place}; {self._last_good()}")
         self.upper_steps += validation_batch is not None
         self.step += 1
         self.passes += record.passes
-        every = self.settings.eval_every
-        self.evaluation_due = self.step == self.phase.steps or (every > 0 and self.step % every == 0)
+        self.evaluation_due = self._evaluates_now()
         metrics.write(
             phase=self.phase.name,
             step=self.step,
@@ -217,6 +216,13 @@ class Training:
             seconds=round(self.seconds, 3),
         )
         return record
+
+    def _evaluates_now(self) -> bool:
+        """At the end of the run; with `eval_every` also at the end of every phase, and between."""
+        phase_ends, every = self.step == self.phase.steps, self.settings.eval_every
+        if every == 0:
+            return phase_ends and self.index + 1 == len(self.phases)
+        return phase_ends or self.step % every == 0
 
     def _evaluate(self, metrics: MetricsWriter, signals: StopSignals) -> None:
         self.scores = {**self.scores, self.phase.name: self._test(signals)}
@@ -290,6 +296,17 @@ class Training:
         write_atomically(self.run.curves, lambda path: draw_curves(lines, summary, path))
         write_json(self.run.summary, summary)
         return summary
+
+
+def _device(name: str) -> torch.device:
+    """The device by its name, a backend for it included. UserError where it, or the backend asked for, is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+        resolve(device.type)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"device {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

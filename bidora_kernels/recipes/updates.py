@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bilevel import BilevelOptimizer, OrthogonalPenalty, preset
+from ..bilevel.schedule import linear_schedule
 from .settings import TrainSettings
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -25,22 +27,8 @@ class StepRecord:
     passes: float
 
 
-def linear_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup: float) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm up over the first `warmup` of `steps`, from 1/w to 1 times the rate, then fall linearly to 1/(steps - w)."""
-    rising = math.ceil(warmup * steps)
-
-    def factor(step: int) -> float:
-        return (step + 1) / rising if step < rising else max(0.0, (steps - step) / max(1, steps - rising))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def _penalty(settings: TrainSettings) -> Any:
-    if not settings.penalty:
-        return None
-    from ..bilevel import OrthogonalPenalty
-
-    return OrthogonalPenalty(settings.penalty)
+def _penalty(settings: TrainSettings) -> OrthogonalPenalty | None:
+    return OrthogonalPenalty(settings.penalty) if settings.penalty else None
 
 
 class PlainUpdate:
@@ -102,8 +90,6 @@ class BilevelUpdate:
         steps: int,
     ) -> None:
         """Train `lower` and `upper` for `steps` with the optimizer settings of the bilevel preset."""
-        from ..bilevel import BilevelOptimizer, preset
-
         upper_lr = settings.lr if settings.upper_lr is None else settings.upper_lr
         self._lower = torch.optim.AdamW(lower, lr=settings.lr, weight_decay=settings.weight_decay)
         self._upper = torch.optim.AdamW(upper, lr=upper_lr, weight_decay=settings.upper_weight_decay)
@@ -133,7 +119,9 @@ class BilevelUpdate:
     def step(self, loss_fn: LossFunction, train_batch: Any, validation_batch: Any = None) -> StepRecord:
         """Take one step; where `loss_fn` raises nothing has changed."""
         stats = self._optimizer.step(loss_fn, train_batch, validation_batch)
-        return StepRecord(float(stats.train_loss), _number(stats.validation_loss), _hypergradient_norm(stats), stats.passes)
+        return StepRecord(
+            float(stats.train_loss), _number(stats.validation_loss), _number(stats.hypergradient_norm), stats.passes
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state of both optimizers and schedulers."""
@@ -146,11 +134,3 @@ class BilevelUpdate:
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
-
-
-def _hypergradient_norm(stats: Any) -> float | None:
-    """|direct + second_order| from the terms' lengths and their cosine."""
-    direct, second, cosine = _number(stats.direct_norm), _number(stats.second_order_norm), _number(stats.cosine)
-    if direct is None or not second or cosine is None:
-        return direct
-    return math.sqrt(max(0.0, direct**2 + second**2 + 2 * direct * second * cosine))

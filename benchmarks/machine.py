@@ -110,15 +110,18 @@ def _best(block: Any, device: str, seconds: float) -> float:
     return statistics.median(times)
 
 
+def _copy_bandwidth(values: int, device: str, seconds: float) -> float:
+    source = torch.empty(values, device=device).normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds)
+
+
 def ceilings(device: str, quick: bool = False) -> dict[str, float]:
     """Copy bandwidth (bytes read and written), matrix product rates and the cost of one small operator, measured now."""
     side = 1024 if quick else (8192 if device == "cuda" else 2048)
     values = (1 << 24) if quick else (1 << 28 if device == "cuda" else 1 << 26)
     seconds = 0.05 if quick else 0.6
-    source = torch.empty(values, device=device).normal_()
-    target = torch.empty_like(source)
-    found = {"copy_gb_s": 2 * source.nbytes / _best(lambda: target.copy_(source), device, seconds) / 1e9}
-    del source, target
+    found = {"copy_gb_s": _copy_bandwidth(values, device, seconds) / 1e9}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         slow = dtype is torch.bfloat16 and device == "cpu" and not torch.cpu._is_avx512_bf16_supported()
         n = min(side, 512) if slow else side

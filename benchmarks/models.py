@@ -25,7 +25,10 @@ TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (3e-2, 1e-1)}
 LEARNING_RATE = 1e-4
 BATCHES = 4
 TARGETS = {
-    "roberta": {"all-linear": r".*encoder\.layer\.\d+\..*(query|key|value|dense)", "q+v": r".*encoder\.layer\.\d+\..*(query|value)"},
+    "roberta": {
+        "all-linear": r".*encoder\.layer\.\d+\..*(query|key|value|dense)",
+        "q+v": r".*encoder\.layer\.\d+\..*(query|value)",
+    },
     "llama": {"all-linear": r".*layers\.\d+\..*_proj", "q+v": r".*layers\.\d+\..*(q_proj|v_proj)"},
 }
 Batch = dict[str, Tensor]

@@ -82,7 +82,9 @@ def _compose(base: Tensor, hidden: Tensor, lora_B: Tensor, magnitude: Tensor, no
     return (magnitude / norm) * (base + SCALING * hidden @ lora_B.to(hidden.dtype).T)
 
 
-def _compose_backward(base: Tensor, hidden: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def _compose_backward(
+    base: Tensor, hidden: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor, grad: Tensor
+) -> dict[str, Tensor]:
     """Gradients of `_compose` with respect to base, hidden, lora_B and magnitude."""
     scaled = grad * (magnitude / norm)
     updated = base + SCALING * hidden @ lora_B.to(hidden.dtype).T
@@ -172,7 +174,10 @@ def _candidate(
 def _copy(operands: Operands) -> Candidate:
     size = max(1, bytes_counted(operands.case) // 2)
     pairs = [
-        (torch.ones(size, dtype=torch.uint8, device=operands.device), torch.empty(size, dtype=torch.uint8, device=operands.device))
+        (
+            torch.ones(size, dtype=torch.uint8, device=operands.device),
+            torch.empty(size, dtype=torch.uint8, device=operands.device),
+        )
         for _ in operands.sets
     ]
     calls = [functools.partial(target.copy_, source) for source, target in pairs]

@@ -39,7 +39,7 @@ class Expected:
 
 
 def expected(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter, rule: str) -> Expected:
-    """Compute them for a frozen layer, for LoRA (y = x (W + s B A)^T + b), or for DoRA with a detached norm (arXiv:2402.09353, eq. 5)."""
+    """Compute them for a frozen layer, LoRA, y = x (W + s B A)^T + b, or DoRA with a detached norm (arXiv:2402.09353, eq. 5)."""
     tokens = torch.linspace(0, x.shape[0] - 1, min(SAMPLE, x.shape[0]), device=x.device).long()
     outputs = torch.linspace(0, weight.shape[0] - 1, min(SAMPLE, weight.shape[0]), device=x.device).long()
     x, grad, weight = x.double(), grad.double(), weight.double()

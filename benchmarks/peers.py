@@ -70,9 +70,9 @@ class Set:
 
 
 class Material:
-    """The tensors of one layer case: as many sets as it takes to leave the cache, and one adapter for all of them.
+    """The tensors of a layer case: as many sets as it takes to leave the cache, and one adapter for all of them.
 
-    ||scaling * B A|| has the size of ||W0|| and magnitudes differ from norms by up to 30 %, so that no term can be dropped unseen.
+    ||scaling * B A|| has the size of ||W0|| and magnitudes differ from norms by up to 30 %: no term can be dropped unseen.
     """
 
     def __init__(self, case: LayerCase, device: str) -> None:

@@ -83,12 +83,18 @@ def _warm_up(candidate: Candidate, clock: CpuClock | CudaClock) -> int:
 
 
 def measure(
-    candidates: Sequence[Candidate], device: str, min_rounds: int, max_rounds: int, seconds: float, start_round: int = 0
+    candidates: Sequence[Candidate],
+    device: str,
+    min_rounds: int,
+    max_rounds: int,
+    seconds: float,
+    start_round: int = 0,
+    deadline: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds per iteration of every candidate, one value a round; all lists have the same length.
 
-    Rounds end at `max_rounds`, or earlier when `seconds` have passed and there are `min_rounds`. The order rotates by one
-    candidate a round, so that each follows each other equally often.
+    Rounds end at `max_rounds`, or earlier when `seconds` have passed and there are `min_rounds`, or after the first round that
+    ends past `deadline` (of time.monotonic). The order rotates by one candidate a round and turns around after a full cycle.
     """
     clock = clock_for(device)
     repeats = {candidate.name: _warm_up(candidate, clock) for candidate in candidates}
@@ -96,6 +102,8 @@ def measure(
     started = time.perf_counter()
     for done in range(max_rounds):
         if done >= min_rounds and time.perf_counter() - started > seconds:
+            break
+        if done > 0 and time.monotonic() > deadline:
             break
         turn = (start_round + done) % len(candidates)
         order = [*candidates[turn:], *candidates[:turn]]

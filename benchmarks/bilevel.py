@@ -1,0 +1,248 @@
+"""The providers of one bilevel iteration: the authors' method on PEFT's layers, and this library's estimators and presets."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bidora_kernels as bk
+
+from . import oracle
+from .cases import DTYPES, BilevelCase
+from .models import (
+    LEARNING_RATE,
+    Batch,
+    Workbench,
+    bidora_model,
+    check_model,
+    peft_model,
+    peft_steps,
+    plain_function_model,
+    trained,
+)
+from .peers import BACKENDS, Unavailable, backend_context, need_backend, ours
+from .timing import Candidate
+
+RADIUS = 0.01  # Betty's default length of the perturbation
+# Of the hypergradient against Eq. 8 on PEFT's layers: both are differences, with radii of their own
+TOLERANCE = {
+    torch.float32: {"direct": 1e-3, "second_order": 5e-2},
+    torch.bfloat16: {"direct": 1e-1, "second_order": float("inf")},
+}
+ESTIMATORS: dict[str, dict[str, Any]] = {  # name: constructor arguments of the estimator, arguments of the optimizer
+    "FirstOrder": {},
+    "ForwardDifference": {"xi": 1.0},
+    "CentralDifference": {"xi": 1.0},
+    "Sama": {},
+    "Neumann": {},
+    "ConjugateGradient": {},
+    "ForwardMode": {"xi": 1.0},
+    "DoubleBackward": {"xi": 1.0},
+}
+COMPARABLE = ("CentralDifference", "ForwardDifference", "paper-code")  # estimate the same second-order term as Eq. 8 at xi = 1
+PRESETS = ("balanced", "paper-code")
+Direction = Sequence[Tensor]
+
+
+class DifferenceMethod:
+    """Eq. 8 of BiDoRA on layers that know nothing of it, in the order of the authors' code: the lower step, then a validation pass
+    and two train passes around the updated directions, each asking for the gradients it uses; xi = 1.
+
+    one_sided: a single perturbed pass, whose base gradient comes from the lower pass.
+    """
+
+    def __init__(self, bench: Workbench, model: nn.Module, magnitude: Direction, one_sided: bool = False) -> None:
+        chosen = {id(p) for p in magnitude}
+        self.bench, self.model, self.magnitude, self.one_sided = bench, model, list(magnitude), one_sided
+        self.direction = [p for p in trained(model) if id(p) not in chosen]
+        self.lower = torch.optim.AdamW(self.direction, lr=LEARNING_RATE)
+        self.upper = torch.optim.AdamW(self.magnitude, lr=LEARNING_RATE)
+
+    def _gradients(self, batch: Batch, of: Direction) -> list[Tensor]:
+        return list(torch.autograd.grad(self.bench.loss(self.model, batch), of))
+
+    def hypergradient(self, train: Batch, validation: Batch) -> tuple[list[Tensor], list[Tensor]]:
+        """(direct, second-order term to subtract); the lower step is taken."""
+        lower_of = [*self.direction, *self.magnitude] if self.one_sided else self.direction
+        lower = self._gradients(train, lower_of)
+        base = lower[len(self.direction) :]
+        if self.one_sided:
+            saved = [p.detach().clone() for p in self.direction]
+        for parameter, gradient in zip(self.direction, lower, strict=False):
+            parameter.grad = gradient
+        self.lower.step()
+        both = self._gradients(validation, [*self.direction, *self.magnitude])
+        vector, direct = both[: len(self.direction)], both[len(self.direction) :]
+        with torch.no_grad():
+            step = RADIUS / torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(v, dtype=torch.float32) for v in vector])
+            )
+            if self.one_sided:
+                updated = [p.detach().clone() for p in self.direction]
+                torch._foreach_copy_(self.direction, saved)
+            scaled = torch._foreach_mul(vector, float(step))
+            torch._foreach_add_(self.direction, scaled)
+        plus = self._gradients(train, self.magnitude)
+        if self.one_sided:
+            with torch.no_grad():
+                torch._foreach_copy_(self.direction, updated)
+            return direct, torch._foreach_div(torch._foreach_sub(plus, base), float(step))
+        with torch.no_grad():
+            torch._foreach_add_(self.direction, scaled, alpha=-2.0)
+        minus = self._gradients(train, self.magnitude)
+        with torch.no_grad():
+            torch._foreach_add_(self.direction, scaled)
+        return direct, torch._foreach_div(torch._foreach_sub(plus, minus), 2.0 * float(step))
+
+    def iteration(self, train: Batch, validation: Batch) -> None:
+        """A lower and an upper step."""
+        direct, second_order = self.hypergradient(train, validation)
+        for parameter, gradient in zip(self.magnitude, torch._foreach_sub(direct, second_order), strict=True):
+            parameter.grad = gradient
+        self.upper.step()
+
+
+def _pairs(bench: Workbench, validation: Sequence[Batch]) -> list[tuple[Batch, Batch]]:
+    train = bench.batches
+    return [(batch, validation[(index + 1) % len(validation)]) for index, batch in enumerate(train)]
+
+
+def _difference_candidate(
+    name: str,
+    bench: Workbench,
+    build: Callable[[Workbench], tuple[nn.Module, dict[str, list[Tensor]]]],
+    one_sided: bool = False,
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Candidate:
+    model, parts = build(bench)
+    method = DifferenceMethod(bench, model, parts["magnitude"], one_sided)
+
+    def verify() -> dict[str, float]:
+        with around():
+            return check_model(bench, model, parts, "dora")
+
+    calls = [functools.partial(method.iteration, *pair) for pair in _pairs(bench, bench.batches)]
+    return Candidate(name, calls, verify, around)
+
+
+def authors_method(bench: Workbench) -> tuple[Tensor, Tensor]:
+    """(direct, second-order term) of Eq. 8 on PEFT's DoRA at the first batches, one long fp32 vector each."""
+    model, parts = peft_model(bench, dora=True, fp32=bench.weight_dtype != torch.float32)
+    method = DifferenceMethod(bench, model, parts["magnitude"])
+    with torch.autocast(bench.device, torch.bfloat16, enabled=bench.weight_dtype != torch.float32 or bench.autocast):
+        terms = method.hypergradient(*_pairs(bench, bench.batches)[0])
+    direct, second_order = (torch.cat([t.flatten().float() for t in term]) for term in terms)
+    return direct, second_order
+
+
+def _bidora(
+    bench: Workbench, label: str, backend: str, settings: Callable[[], dict[str, Any]], ratio: float, reference: Any
+) -> Candidate:
+    need_backend(backend, bench.device)
+    around = functools.partial(backend_context, backend)
+    arguments = settings()
+    with around():
+        model, parts = bidora_model(bench)
+        direction, magnitude = bk.split_parameters(model)
+        optimizer = bk.BilevelOptimizer(
+            model,
+            lower=torch.optim.AdamW(direction, lr=LEARNING_RATE),
+            upper=torch.optim.AdamW(magnitude, lr=LEARNING_RATE),
+            **arguments,
+        )
+    every = arguments.get("upper_every", 1)
+    pairs = _pairs(bench, bench.batches if ratio == 1.0 else bench.batch_part(ratio))
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        return bench.loss(model, batch)
+
+    def iterations(pair: tuple[Batch, Batch]) -> None:
+        for _ in range(every):
+            optimizer.step(loss_fn, pair[0], pair[1])
+
+    def verify() -> dict[str, float]:
+        with around():
+            errors = check_model(bench, model, parts, "dora")
+            direct, second_order = optimizer.hypergradient(loss_fn, *_pairs(bench, bench.batches)[0], terms=True)
+        return errors | _compare_terms(bench, label, direct, second_order, reference())
+
+    return Candidate(f"{label}, {ours(backend)}", [functools.partial(iterations, pair) for pair in pairs], verify, around, every)
+
+
+def _compare_terms(
+    bench: Workbench, label: str, direct: Direction, second_order: Direction, reference: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """Hold a hypergradient to the authors' method: the direct term always, the second-order one where it means the same."""
+    tolerance = TOLERANCE[DTYPES[bench.case.dtype]]
+    flat = [torch.cat([t.detach().flatten().float() for t in term]) for term in (direct, second_order)]
+    found = {"direct": float((flat[0] - reference[0]).norm() / reference[0].norm())}
+    if label in COMPARABLE:  # terms add up to the hypergradient, so the sign is turned
+        found["second_order"] = float((flat[1] + reference[1]).norm() / reference[1].norm())
+    checked = {}
+    for name, error in found.items():
+        checked |= oracle.require({name: error}, tolerance[name])
+    return checked
+
+
+def _estimator(name: str) -> Callable[[], dict[str, Any]]:
+    def settings() -> dict[str, Any]:
+        if not hasattr(bk, name):
+            raise Unavailable(f"this version has no estimator {name}")
+        return {"estimator": getattr(bk, name)(), **ESTIMATORS[name]}
+
+    return settings
+
+
+def bilevel_providers(case: BilevelCase) -> dict[str, Callable[[Workbench], Candidate]]:
+    """Every provider of a bilevel iteration by name: the floor and plain steps, the authors' method, estimators, presets."""
+    found = peft_steps(case)
+
+    def eq8(bench: Workbench) -> Candidate:
+        return _difference_candidate("Eq. 8 on PEFT DoRA", bench, lambda b: peft_model(b, dora=True))
+
+    found["Eq. 8 on PEFT DoRA"] = eq8
+    if case.model.startswith("llama"):
+        name = "Eq. 8 on PEFT DoRA, fp32 adapters"
+
+        def default(bench: Workbench) -> Candidate:
+            autocast = functools.partial(torch.autocast, bench.device, torch.bfloat16)
+            return _difference_candidate(name, bench, lambda b: peft_model(b, dora=True, fp32=True), around=autocast)
+
+        found[name] = default
+    found["one-sided on the plain function"] = lambda b: _difference_candidate(
+        "one-sided on the plain function", b, plain_function_model, one_sided=True
+    )
+    backend = next((b for b in BACKENDS if _serves(b)), "reference")
+    cache: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reference(bench: Workbench) -> tuple[Tensor, Tensor]:
+        if id(bench) not in cache:
+            cache[id(bench)] = authors_method(bench)
+        return cache[id(bench)]
+
+    for label in ESTIMATORS:
+        found[f"{label}, {ours(backend)}"] = functools.partial(_build, label, backend, _estimator(label), 1.0, reference)
+    for label in PRESETS:
+        preset = bk.preset(label)
+        found[f"{label}, {ours(backend)}"] = functools.partial(
+            _build, label, backend, functools.partial(dict, preset.optimizer), preset.validation_batch_ratio, reference
+        )
+    return found
+
+
+def _build(label: str, backend: str, settings: Any, ratio: float, reference: Any, bench: Workbench) -> Candidate:
+    return _bidora(bench, label, backend, settings, ratio, lambda: reference(bench))
+
+
+def _serves(backend: str) -> bool:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        need_backend(backend, device)
+    except Unavailable:
+        return False
+    return True

@@ -20,7 +20,6 @@ ALL_LINEAR = "all-linear"
 CONFIG_ATTRIBUTE = "dora_config"  # where apply_dora leaves the configuration, for save_adapter
 NOT_NAMED = "not in target_modules"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HEAD_NAMES = ("score", "classifier")  # where PEFT looks for the head of a sequence classifier
 
 
 @dataclasses.dataclass
@@ -107,16 +106,10 @@ def _unsupported(model: nn.Module, name: str, module: nn.Module) -> str | None:
     return None
 
 
-def _output_head(model: nn.Module, config: DoraConfig) -> nn.Module | None:
-    """The module that "all-linear" leaves out: the output embeddings, or a sequence classifier's head."""
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The module that "all-linear" leaves out; a sequence classifier's head is left out as a module to save."""
     get_output_embeddings = getattr(model, "get_output_embeddings", None)
-    if get_output_embeddings is None:
-        return None
-    if (head := get_output_embeddings()) is not None:
-        return head
-    if config.task_type == "SEQ_CLS":
-        return next((head for name in _HEAD_NAMES if (head := getattr(model, name, None)) is not None), None)
-    return None
+    return None if get_output_embeddings is None else get_output_embeddings()
 
 
 def head_modules(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
@@ -158,7 +151,7 @@ def plan(model: nn.Module, config: DoraConfig) -> Plan:
     if config.modules_to_save and not any(name.endswith(end) for name in heads for end in config.modules_to_save):
         raise ValueError(f"modules_to_save matches no module: {_nearest(config.modules_to_save, list(modules))}")
     everything = names_all_linear(config)
-    output_head = _output_head(model, config) if everything else None
+    output_head = _output_head(model) if everything else None
     planned = Plan(config, {}, heads, {}, {})
     for name, module in modules.items():
         reason = why_not(config, name, heads)

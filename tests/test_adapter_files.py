@@ -113,14 +113,15 @@ def test_a_second_save_has_the_same_bytes(tmp_path: Path) -> None:
 def test_layers_made_by_hand_are_saved(tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
-        inner = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6))
+        inner = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 6))
         return nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 3))
 
     model = make().requires_grad_(False)
-    model[0] = bk.FusedDoraLinear.from_linear(model[0], r=2, lora_alpha=3)
-    model[2] = bk.FusedDoraLinear.from_linear(model[2], r=1, lora_alpha=5)
+    model[0] = bk.FusedDoraLinear.from_linear(model[0], r=3, lora_alpha=3)
+    model[1][0] = bk.FusedDoraLinear.from_linear(model[1][0], r=2, lora_alpha=5)
+    model[2] = bk.FusedDoraLinear.from_linear(model[2], r=2, lora_alpha=5)
     randomize(model)
-    bk.save_adapter(model, tmp_path)  # as a name, "0" would also match "1.0"
+    bk.save_adapter(model, tmp_path)  # as ends of names, "0" and "2" also match "1.0" and "1.2"
     x = torch.randn(4, 6)
     loaded, ours = PeftModel.from_pretrained(make(), tmp_path), make()
     bk.load_adapter(ours, tmp_path)

@@ -168,7 +168,7 @@ def test_damaged_weights_are_refused(name: str, tmp_path: Path) -> None:
     refuses(bert(), tmp_path, "^adapter_model.safetensors: ")
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_edited_file_half_loads(data: st.DataObject, tmp_path: Path) -> None:
     """Whatever is changed in either file: it loads with finite values, or is refused in one line and changes nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, TaskType
 from peft.utils.other import get_pattern_key
@@ -98,6 +98,8 @@ NAMES = st.lists(st.sampled_from(["q", "v", "0", "1", "layer", "ab", "b"]), min_
 
 
 @settings(deadline=None)
+@example(patterns=["b"], name="ab")
+@example(patterns=["q|v"], name="layer.v")
 @given(patterns=st.lists(NAMES | st.sampled_from(["^q", "^layer.0", "la.*", r"\d", "q|v"]), max_size=4), name=NAMES)
 def test_patterns_match_as_in_peft(patterns: list[str], name: str) -> None:
     config = DoraConfig(rank_pattern={pattern: 10 + index for index, pattern in enumerate(patterns)}, r=3)

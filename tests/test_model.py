@@ -30,7 +30,17 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"bert": bert, "gpt2": gpt2, "gpt2 classifier": gpt2_classifier, "llama": llama}
+class Names(nn.Module):
+    """Names that a looser match would confuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.aq, self.q2, self.score, self.pre_score = (nn.Linear(4, 4) for _ in range(5))
+        layer = nn.ModuleDict({"experts": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))})
+        self.model = nn.ModuleDict({"layers": nn.ModuleList(copy.deepcopy(layer) for _ in range(2))})
+
+
+MODELS = {"bert": bert, "gpt2": gpt2, "gpt2 classifier": gpt2_classifier, "llama": llama, "names": Names}
 CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"target_modules": ["query", "value"]}),
     ("bert", {"target_modules": ["attention.output.dense"]}),
@@ -55,6 +65,12 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2 classifier", {"target_modules": ["c_fc"], "task_type": "SEQ_CLS"}),
     ("llama", {"target_modules": "all-linear"}),
     ("llama", {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [0, 2], "layers_pattern": ["layers"]}),
+    ("names", {"target_modules": ["q"]}),
+    ("names", {"target_modules": "q"}),
+    ("names", {"target_modules": ["q"], "exclude_modules": "q"}),
+    ("names", {"target_modules": ["q"], "layers_to_transform": [0]}),
+    ("names", {"target_modules": ["q", "q2"], "rank_pattern": {"q": 2}, "alpha_pattern": {"2": 3}}),
+    ("names", {"target_modules": ["q", "q2"], "modules_to_save": ["aq", "q."]}),
     ("llama", {"target_modules": ["v_proj"], "modules_to_save": ["input_layernorm", "lm_head"]}),
 ]
 
@@ -123,6 +139,14 @@ def test_a_saved_module_is_a_copy_so_that_tied_weights_stay() -> None:
     assert not tied.requires_grad
     assert model.lm_head.weight.requires_grad
     assert model.lm_head.weight.data_ptr() != tied.data_ptr()
+
+
+def test_a_module_to_save_is_never_a_target_whichever_rule_found_it() -> None:
+    report = bk.apply_dora(model := Names(), bk.DoraConfig(r=2, target_modules=["q2", "pre_score"], modules_to_save=["score"]))
+    assert report.replaced == ["q2"]
+    assert report.saved == ["score", "pre_score"]
+    assert type(model.pre_score) is nn.Linear
+    assert report.skipped["pre_score"] == "in modules_to_save"
 
 
 # errors ----------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ class Batches:
     def draw(self, part: str, size: int) -> Batch:
         places = torch.randint(len(self._parts[part]), (size,), generator=self._generator)
         chosen = self._parts[part][places].tolist()
-        encoded = self._tokenizer([self._texts[i] for i in chosen], return_tensors="pt", padding=True, truncation=True, max_length=64)
+        encoded = self._tokenizer(
+            [self._texts[i] for i in chosen], return_tensors="pt", padding=True, truncation=True, max_length=64
+        )
         return {**encoded, "labels": torch.tensor([self._labels[i] for i in chosen])}
 
 

@@ -1,6 +1,7 @@
 """Bilevel optimization of two groups of parameters: the lower level on train batches, the upper one on validation batches."""
 
-from .estimators import CentralDifference, DoubleBackward, FirstOrder, ForwardDifference
+from .estimators import CentralDifference, DoubleBackward, FirstOrder, ForwardDifference, ForwardMode
+from .implicit import ConjugateGradient, Neumann
 from .optimizer import BilevelOptimizer, StepStats
 from .passes import MicroBatches
 from .penalty import OrthogonalPenalty
@@ -11,10 +12,13 @@ __all__ = [
     "BilevelOptimizer",
     "BilevelPreset",
     "CentralDifference",
+    "ConjugateGradient",
     "DoubleBackward",
     "FirstOrder",
     "ForwardDifference",
+    "ForwardMode",
     "MicroBatches",
+    "Neumann",
     "OrthogonalPenalty",
     "Sama",
     "StepStats",

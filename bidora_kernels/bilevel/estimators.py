@@ -40,6 +40,10 @@ class Estimator:
         """Whether `xi` and `unroll` mean something to it."""
         return True
 
+    def response(self, loss: TrainLoss, vector: Vector) -> Vector:
+        """The w of q(w) from the validation loss's gradient over the directions; the optimizer applies xi or J itself."""
+        return vector
+
     def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
         """q(vector), over the magnitudes."""
         raise NotImplementedError
@@ -132,6 +136,20 @@ class DoubleBackward(Estimator):
     def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
         """One doubly differentiated pass."""
         return loss.double_backward(vector)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardMode(Estimator):
+    """q(w) exactly and without a radius: the directional derivative (JVP) along w of grad_M L_train, the norm differentiated.
+
+    Passes: one more, whose forward carries tangents, so about twice the time and memory of a pass; less than `DoubleBackward`. It
+    runs on the reference operations under the math SDPA backend, and raises RuntimeError, naming the operator, where the model
+    has one without a forward-mode rule. To be taken where an exact term is worth that price.
+    """
+
+    def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
+        """One pass with tangents."""
+        return loss.forward_mode(vector)
 
 
 def relative_radius(dtype: torch.dtype, central: bool) -> float:

@@ -246,7 +246,7 @@ class BilevelOptimizer:
                 self._times_xi(vector)
             after = flat.clone()
             part = train_batch if self.difference_batch is None else self.difference_batch(train_batch)
-            loss = TrainLoss(passes, loss_fn, part, start, before, after, base, self._radius_dtype(seen))
+            loss = TrainLoss(passes, loss_fn, part, start, before, after, base, self._radius_dtype(seen), self.penalty)
             try:
                 result.second_order = self._second_order(loss, vector)
             finally:
@@ -261,7 +261,7 @@ class BilevelOptimizer:
         """-q(vector), or None where the vector is zero or its length underflows."""
         if float(norm(vector)) < torch.finfo(vector[0].dtype).tiny:
             return None
-        return scaled(self.estimator.mixed_derivative(loss, vector), -1.0)
+        return scaled(self.estimator.mixed_derivative(loss, self.estimator.response(loss, vector)), -1.0)
 
     def _lower_step(self, grads: list[Tensor | None]) -> Vector | None:
         """The lower optimizer's step on clipped gradients; for Sama also J, taken from the state before it."""

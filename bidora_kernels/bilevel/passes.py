@@ -146,6 +146,7 @@ class Passes:
         batch: Any,
         needs: set[str],
         penalty: Callable[[Any], Tensor] | None = None,
+        differentiate_norm: bool | None = None,
     ) -> PassResult:
         """One pass over a batch or its micro-batches. A penalty adds to the directions' gradient only, not to the loss returned.
 
@@ -153,7 +154,7 @@ class Passes:
         """
         losses: list[Tensor] = []
         with self.stopwatch.measure(kind), torch.enable_grad(), self.no_sync():
-            with self.requiring(needs), pass_mode(needs=needs) as mode:
+            with self.requiring(needs), pass_mode(needs=needs, differentiate_norm=differentiate_norm) as mode:
                 for part, weight in parts_of(batch):
                     loss = checked_loss(loss_fn(self.model, part))
                     self._backward(loss, weight)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops._context import pass_mode
@@ -35,8 +36,10 @@ class TrainLoss:
         after: Vector,
         base: Vector | None,
         compute_dtype: torch.dtype,
+        penalty: Callable[[Any], Tensor] | None = None,
     ) -> None:
         """Keep what the derivatives need; `base` is the lower pass's gradient on the same rows, where it was computed."""
+        self._penalty = penalty
         self._passes, self._loss_fn, self._batch = passes, loss_fn, batch
         self._random_state, self.before, self.after = random_state, before, after
         self._base, self._compute_dtype = base, compute_dtype
@@ -67,25 +70,72 @@ class TrainLoss:
         """(plus - minus) / width."""
         return [(a - b) / width for a, b in zip(plus, minus, strict=True)]
 
-    def double_backward(self, vector: Vector) -> Vector:
-        """grad_M (grad_V L_train . vector) at the directions before the step, the norm differentiated."""
+    def double_backward(self, vector: Vector, over: str = "magnitude") -> Vector:
+        """The gradient of (grad_V L_train . vector) over the magnitudes, or over the directions: a Hessian-vector product.
+
+        At the directions before the step, the norm differentiated. The penalty is in a Hessian, and has no mixed derivative.
+        """
+        lower = self._passes.lower
+        target = self._passes.upper if over == "magnitude" else lower
+        lower.set(self.before)
+        self._random_state.restore()
+        total = target.zeros()
+        with self._passes.stopwatch.measure("double backward"), _twice_differentiable(self._passes):
+            for loss in self._losses(with_penalty=over == "direction"):
+                first = torch.autograd.grad(loss, lower.parameters, create_graph=True, allow_unused=True)
+                product = _inner(first, lower.views(vector))
+                if product is not None and product.requires_grad:
+                    _accumulate(total, target.gather(torch.autograd.grad(product, target.parameters, allow_unused=True)))
+        self._passes.average(total)
+        self._passes.check_finite(total, "double backward")
+        return total
+
+    def forward_mode(self, vector: Vector) -> Vector:
+        """The tangent of grad_M L_train along `vector`, at the directions before the step, the norm differentiated."""
         lower, upper = self._passes.lower, self._passes.upper
         lower.set(self.before)
         self._random_state.restore()
         total = upper.zeros()
-        with self._passes.stopwatch.measure("double backward"), _twice_differentiable(self._passes):
-            for part, weight in parts_of(self._batch):
-                loss = checked_loss(self._loss_fn(self._passes.model, part)) * weight
-                first = torch.autograd.grad(loss, lower.parameters, create_graph=True, allow_unused=True)
-                product = _inner(first, lower.views(vector))
-                if product is None or not product.requires_grad:
-                    continue
-                second = torch.autograd.grad(product, upper.parameters, allow_unused=True)
-                for sum_part, term in zip(total, upper.gather(second), strict=True):
-                    sum_part.add_(term)
+        with (
+            self._passes.stopwatch.measure("forward mode"),
+            _twice_differentiable(self._passes),
+            dual_level(),
+            self._passes.requiring({"magnitude"}),
+        ):
+            with torch.no_grad():  # an in-place copy gives the parameters tangents; they end with the level
+                for parameter, tangent in zip(lower.parameters, lower.views(vector), strict=True):
+                    parameter.copy_(make_dual(parameter.detach().clone(), tangent))
+            for loss in self._losses(with_penalty=False):
+                if loss.requires_grad:
+                    grads = torch.autograd.grad(loss, upper.parameters, allow_unused=True)
+                    tangents = [None if grad is None else unpack_dual(grad).tangent for grad in grads]
+                    _accumulate(total, upper.gather(tangents))
         self._passes.average(total)
-        self._passes.check_finite(total, "double backward")
+        self._passes.check_finite(total, "forward mode")
         return total
+
+    def hessian_difference(self, vector: Vector, relative: float | None = None) -> Vector:
+        """A Hessian-vector product over the directions by a central difference of their gradient, the norm differentiated."""
+        length = float(norm(vector))
+        if length == 0.0:
+            return self._passes.lower.zeros()
+        step = self.step_size(vector, relative, central=True)
+        sides = []
+        for sign in (1.0, -1.0):
+            self._passes.lower.set(self.before, vector, sign * step)
+            self._random_state.restore()
+            result = self._passes.run(
+                "hessian", self._loss_fn, self._batch, {"direction"}, self._penalty, differentiate_norm=True
+            )
+            sides.append(self._passes.lower.gather(result.direction))
+        return self.difference(sides[0], sides[1], 2.0 * step)
+
+    def _losses(self, with_penalty: bool) -> Iterator[Tensor]:
+        """The weighted loss of each part of the batch, then the penalty."""
+        for part, weight in parts_of(self._batch):
+            yield checked_loss(self._loss_fn(self._passes.model, part)) * weight
+        if with_penalty and self._penalty is not None:
+            yield checked_loss(self._penalty(self._passes.model), "the penalty")
 
 
 @contextlib.contextmanager
@@ -102,13 +152,18 @@ def _twice_differentiable(passes: Passes) -> Iterator[None]:
         ):
             yield
     except (RuntimeError, NotImplementedError) as error:
-        found = re.search(r"derivative for (\S+) is not implemented", str(error))
+        found = re.search(r"(?:derivative for|use forward AD with) (\S+)", str(error))
         if found is None:
             raise
         raise RuntimeError(
-            f"{found[1]} has no second derivative: load the model with eager or SDPA attention (it runs under the math backend "
-            "here), or take CentralDifference or ForwardDifference"
+            f"{found[1]} has no derivative of the kind needed here: load the model with eager or SDPA attention (it runs under "
+            "the math backend), or take CentralDifference or ForwardDifference"
         ) from error
+
+
+def _accumulate(total: Vector, terms: Vector) -> None:
+    for part, term in zip(total, terms, strict=True):
+        part.add_(term)
 
 
 def _inner(grads: tuple[Tensor | None, ...], views: list[Tensor]) -> Tensor | None:

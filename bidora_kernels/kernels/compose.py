@@ -14,22 +14,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import dot, round_to, row_scale
+from ._arithmetic import dot, round_to
 from ._launch import cdiv, precision, rows, run, tile
 
 
 @triton.jit
 def _compose_kernel(
-    base_ptr, dropped_ptr, hidden_ptr, lora_B_ptr, magnitude_ptr, norm_ptr, bias_ptr, output_ptr,
+    base_ptr, dropped_ptr, hidden_ptr, lora_B_ptr, scale_ptr, bias_ptr, output_ptr,
     tokens, out_features, r, scaling, stride_base, stride_dropped, stride_hidden, stride_lora_B, stride_output,
     HAS_BIAS: tl.constexpr, HAS_DROPPED: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program writes one BLOCK_T x BLOCK_OUT tile; output may be base."""
     out_tiles = tl.cdiv(out_features, BLOCK_OUT)
-    token = (tl.program_id(0) // out_tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    col = (tl.program_id(0) % out_tiles).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    token_ok, col_ok = token < tokens, col < out_features
+    # pointers to the tile's first token are 64-bit, offsets inside a tile 32-bit: wide offsets per element cost registers
+    first_token = (tl.program_id(0) // out_tiles).to(tl.int64) * BLOCK_T
+    base_ptr += first_token * stride_base
+    dropped_ptr += first_token * stride_dropped
+    hidden_ptr += first_token * stride_hidden
+    output_ptr += first_token * stride_output
+    token = tl.arange(0, BLOCK_T)
+    col = (tl.program_id(0) % out_tiles) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    token_ok, col_ok = first_token + token < tokens, col < out_features
     mask = token_ok[:, None] & col_ok[None, :]
     # the large loads come first: the compiler does not move them above the product
     base = tl.load(base_ptr + token[:, None] * stride_base + col[None, :], mask=mask, other=0.0)
@@ -37,13 +43,12 @@ def _compose_kernel(
         dropped = tl.load(dropped_ptr + token[:, None] * stride_dropped + col[None, :], mask=mask, other=0.0)
     low_rank = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
     for chunk in tl.range(0, RANK_CHUNKS):
-        rank = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        rank = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         rank_ok = rank < r
         h = tl.load(hidden_ptr + token[:, None] * stride_hidden + rank[None, :], token_ok[:, None] & rank_ok[None, :], 0.0)
         b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
         low_rank = dot(h, tl.trans(round_to(b, h.dtype)), low_rank, PRECISION)
-    magnitude = tl.load(magnitude_ptr + col, mask=col_ok, other=0.0)
-    scale = row_scale(magnitude, tl.load(norm_ptr + col, mask=col_ok, other=0.0))
+    scale = tl.load(scale_ptr + col, mask=col_ok, other=0.0)
     if HAS_DROPPED:
         delta = (scale - 1.0)[None, :] * dropped.to(tl.float32) + (scale * scaling)[None, :] * low_rank
         output = base.to(tl.float32) + delta
@@ -59,8 +64,7 @@ def launch_compose(
     base: Tensor,
     hidden: Tensor,
     lora_B: Tensor,
-    magnitude: Tensor,
-    norm: Tensor,
+    scale: Tensor,
     scaling: float,
     bias: Tensor | None = None,
     base_dropped: Tensor | None = None,
@@ -69,7 +73,7 @@ def launch_compose(
 ) -> Tensor:
     """Return [tokens, out] in `dtype` (base's by default), or fill `output`, which may be base.
 
-    base [tokens, out], hidden [tokens, r], lora_B [out, r], magnitude, bias [out], norm fp32 [out]. A 16-bit hidden rounds lora_B
+    base [tokens, out], hidden [tokens, r], lora_B [out, r], scale = c, fp32 [out], bias [out]. A 16-bit hidden rounds lora_B
     to its dtype for the product; an fp32 hidden keeps it exact. Arguments were checked in ops/compose.py.
     """
     tokens, out_features = base.shape
@@ -83,8 +87,8 @@ def launch_compose(
     chosen = tile("compose", r, base, hidden, output)
     run(
         "compose", _compose_kernel, (cdiv(tokens, chosen["BLOCK_T"]) * cdiv(out_features, chosen["BLOCK_OUT"]),), base,
-        base, base if base_dropped is None else base_dropped, hidden, lora_B, magnitude, norm,
-        norm if bias is None else bias, output,
+        base, base if base_dropped is None else base_dropped, hidden, lora_B, scale,
+        scale if bias is None else bias, output,
         tokens, out_features, r, float(scaling),
         base.stride(0), base.stride(0) if base_dropped is None else base_dropped.stride(0),
         hidden.stride(0), lora_B.stride(0), output.stride(0),

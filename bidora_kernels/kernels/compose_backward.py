@@ -4,6 +4,7 @@
     grad_hidden    = scaling * (c * grad_output) @ lora_B
     grad_lora_B    = scaling * c * (grad_output^T @ hidden)
     grad_magnitude = sum over tokens of grad_output * (base + scaling * hidden @ lora_B^T) / norm    (0 where norm < 1e-18)
+                   = (sum of grad_output * base + scaling * row sum of lora_B * (grad_output^T @ hidden)) / norm
 
 With dropout the base of grad_magnitude is base_dropped. Where the layer's output is kept anyway and there is no dropout,
 grad_magnitude can come from it: the sum of grad_output * (output - bias) / magnitude, lost where magnitude is 0.
@@ -19,14 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import dot, round_to, row_scale
+from ._arithmetic import dot, round_to
 from ._launch import cdiv, precision, rows, run, splits_for, tile
 from .reduce_partials import Segment, launch_reduce_partials
 
 
 @triton.jit
 def _compose_backward_kernel(
-    grad_output_ptr, saved_ptr, hidden_ptr, lora_B_ptr, magnitude_ptr, norm_ptr, bias_ptr,
+    grad_output_ptr, saved_ptr, hidden_ptr, lora_B_ptr, scale_ptr, bias_ptr,
     grad_base_ptr, hidden_partial_ptr, lora_B_partial_ptr, magnitude_partial_ptr,
     tokens, out_features, r, tiles_per_split, splits, scaling,
     stride_grad_output, stride_saved, stride_hidden, stride_lora_B, stride_grad_base,
@@ -35,75 +36,81 @@ def _compose_backward_kernel(
     RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program handles BLOCK_T tokens, one split of out_features and, for the two low-rank gradients, one chunk of ranks.
+    """One program handles BLOCK_T tokens and one split of out_features.
 
-    Partials: hidden [splits, tokens, r], lora_B [token tiles, out, r], magnitude [token tiles, out]. RANK_CHUNKS counts the
-    chunks that grad_magnitude sums over; it is 1 where a low-rank gradient is taken in the same launch.
+    With a low-rank gradient it handles one chunk of ranks, else (grad_magnitude alone) all RANK_CHUNKS of them.
+    Partials: hidden [splits, tokens, r], lora_B [token tiles, out, r], magnitude [rank programs, token tiles, out].
     """
-    pid = tl.program_id(0)
-    split = pid % splits
-    token_tile = pid // splits
-    token = token_tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_ok = token < tokens
+    split = tl.program_id(0) % splits
+    token_tile = tl.program_id(0) // splits
+    chunk = tl.program_id(1)
+    # pointers to the tile's first token are 64-bit, offsets inside a tile 32-bit: wide offsets per element cost registers
+    first_token = token_tile.to(tl.int64) * BLOCK_T
+    grad_output_ptr += first_token * stride_grad_output
+    saved_ptr += first_token * stride_saved
+    hidden_ptr += first_token * stride_hidden
+    grad_base_ptr += first_token * stride_grad_base
+    hidden_partial_ptr += (split.to(tl.int64) * tokens + first_token) * r
+    lora_B_partial_ptr += token_tile.to(tl.int64) * out_features * r
+    magnitude_partial_ptr += (chunk * tl.cdiv(tokens, BLOCK_T) + token_tile).to(tl.int64) * out_features
+    token, rank = tl.arange(0, BLOCK_T), chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    token_ok, rank_ok = token_tile * BLOCK_T + token < tokens, rank < r
+    # what does not depend on the chunk is read and written by the first one alone
+    first_token_ok = token_tile * BLOCK_T + token < tl.where(chunk == 0, tokens, 0)
     LOW_RANK: tl.constexpr = GRAD_HIDDEN or GRAD_LORA_B
-    KEEP_HIDDEN: tl.constexpr = GRAD_LORA_B or (GRAD_HIDDEN and GRAD_MAGNITUDE and not FROM_OUTPUT)
-    rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-    rank_ok = rank < r
-    if KEEP_HIDDEN:
+    FROM_BASE: tl.constexpr = GRAD_MAGNITUDE and not FROM_OUTPUT
+    GRAD_TIMES_HIDDEN: tl.constexpr = GRAD_LORA_B or (GRAD_HIDDEN and FROM_BASE)
+    if GRAD_TIMES_HIDDEN:
         h = tl.load(hidden_ptr + token[:, None] * stride_hidden + rank[None, :], token_ok[:, None] & rank_ok[None, :], 0.0)
     if GRAD_HIDDEN:
         grad_hidden = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for index in tl.range(0, tiles_per_split):
-        col = (split * tiles_per_split + index).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        col = (split * tiles_per_split + index) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         col_ok = col < out_features
         mask = token_ok[:, None] & col_ok[None, :]
+        first_mask = first_token_ok[:, None] & col_ok[None, :]
         grad = tl.load(grad_output_ptr + token[:, None] * stride_grad_output + col[None, :], mask=mask, other=0.0)
         if GRAD_MAGNITUDE:
-            saved = tl.load(saved_ptr + token[:, None] * stride_saved + col[None, :], mask=mask, other=0.0)
-        scale = row_scale(tl.load(magnitude_ptr + col, mask=col_ok, other=0.0), tl.load(norm_ptr + col, mask=col_ok, other=0.0))
+            saved = tl.load(saved_ptr + token[:, None] * stride_saved + col[None, :], mask=first_mask, other=0.0).to(tl.float32)
         if LOW_RANK:
             b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
             b = round_to(b, hidden_ptr.dtype.element_ty)
-        if GRAD_MAGNITUDE:
-            unscaled = saved.to(tl.float32)
-            if FROM_OUTPUT:
-                if HAS_BIAS:
-                    unscaled -= tl.load(bias_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
-            else:
-                low_rank = tl.zeros((BLOCK_T, BLOCK_OUT), tl.float32)
-                if LOW_RANK:
-                    low_rank = dot(h, tl.trans(b), low_rank, PRECISION)
-                else:
-                    for chunk in tl.range(0, RANK_CHUNKS):
-                        part = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-                        part_ok = part < r
-                        h_part = tl.load(
-                            hidden_ptr + token[:, None] * stride_hidden + part[None, :],
-                            mask=token_ok[:, None] & part_ok[None, :], other=0.0,
-                        )  # fmt: skip
-                        b_part = tl.load(
-                            lora_B_ptr + col[:, None] * stride_lora_B + part[None, :],
-                            mask=col_ok[:, None] & part_ok[None, :], other=0.0,
-                        )  # fmt: skip
-                        low_rank = dot(h_part, tl.trans(round_to(b_part, h_part.dtype)), low_rank, PRECISION)
-                unscaled += scaling * low_rank
-            sums = tl.sum(grad.to(tl.float32) * unscaled, axis=0)
-            tl.store(magnitude_partial_ptr + token_tile.to(tl.int64) * out_features + col, sums, mask=col_ok)
+        scale = tl.load(scale_ptr + col, mask=col_ok, other=0.0)
         if GRAD_BASE:
             grad_base = grad.to(tl.float32) * (scale - 1.0 if DROPPED else scale)[None, :]
             grad_base = round_to(grad_base, grad_base_ptr.dtype.element_ty)
-            tl.store(grad_base_ptr + token[:, None] * stride_grad_base + col[None, :], grad_base, mask=mask)
+            tl.store(grad_base_ptr + token[:, None] * stride_grad_base + col[None, :], grad_base, mask=first_mask)
+        if GRAD_MAGNITUDE:
+            if FROM_OUTPUT and HAS_BIAS:
+                bias_mask = col < tl.where(chunk == 0, out_features, 0)
+                saved -= tl.load(bias_ptr + col, mask=bias_mask, other=0.0).to(tl.float32)[None, :]
+            magnitude_sum = tl.sum(grad.to(tl.float32) * saved, axis=0)
         if GRAD_HIDDEN:
             scaled = round_to(grad.to(tl.float32) * scale[None, :], hidden_ptr.dtype.element_ty)
             grad_hidden = dot(scaled, b, grad_hidden, PRECISION)
-        if GRAD_LORA_B:
-            grad_h = round_to(grad, hidden_ptr.dtype.element_ty)
-            grad_lora_B = dot(tl.trans(grad_h), h, tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32), PRECISION)
-            grad_lora_B *= (scaling * scale)[:, None]
-            offset = (token_tile.to(tl.int64) * out_features + col)[:, None] * r + rank[None, :]
-            tl.store(lora_B_partial_ptr + offset, grad_lora_B, mask=col_ok[:, None] & rank_ok[None, :])
+        if GRAD_TIMES_HIDDEN:
+            transposed = tl.trans(round_to(grad, hidden_ptr.dtype.element_ty))
+            product = dot(transposed, h, tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32), PRECISION)
+            if GRAD_LORA_B:
+                partial = product * (scaling * scale)[:, None]
+                tl.store(lora_B_partial_ptr + col[:, None] * r + rank[None, :], partial, mask=col_ok[:, None] & rank_ok[None, :])
+            if FROM_BASE:  # sum over tokens of grad * (hidden @ lora_B^T), without that product
+                magnitude_sum += scaling * tl.sum(b.to(tl.float32) * product, axis=1)
+        if FROM_BASE and not LOW_RANK:
+            transposed = tl.trans(round_to(grad, hidden_ptr.dtype.element_ty))
+            for part in tl.range(0, RANK_CHUNKS):
+                inner = part * BLOCK_R + tl.arange(0, BLOCK_R)
+                inner_ok = inner < r
+                h = tl.load(
+                    hidden_ptr + token[:, None] * stride_hidden + inner[None, :], token_ok[:, None] & inner_ok[None, :], 0.0
+                )
+                b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + inner[None, :], col_ok[:, None] & inner_ok[None, :], 0.0)
+                product = dot(transposed, h, tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32), PRECISION)
+                magnitude_sum += scaling * tl.sum(round_to(b, h.dtype).to(tl.float32) * product, axis=1)
+        if GRAD_MAGNITUDE:
+            tl.store(magnitude_partial_ptr + col, magnitude_sum, mask=col_ok)
     if GRAD_HIDDEN:
-        offset = (split.to(tl.int64) * tokens + token)[:, None] * r + rank[None, :]
+        offset = token[:, None] * r + rank[None, :]
         tl.store(hidden_partial_ptr + offset, grad_hidden * scaling, mask=token_ok[:, None] & rank_ok[None, :])
 
 
@@ -121,12 +128,13 @@ def launch_compose_backward(
     grad_output: Tensor,
     hidden: Tensor,
     lora_B: Tensor,
-    magnitude: Tensor,
+    scale: Tensor,
     norm: Tensor,
     scaling: float,
     *,
     base: Tensor | None = None,
     output: Tensor | None = None,
+    magnitude: Tensor | None = None,
     bias: Tensor | None = None,
     dropped: bool = False,
     needs_base: bool = True,
@@ -138,7 +146,8 @@ def launch_compose_backward(
 ) -> ComposeGradients:
     """Return the gradients that are needed; nothing is read or written for the others.
 
-    grad_output [tokens, out]. grad_magnitude is taken from `base` (with dropout: base_dropped), or from `output` and `bias`.
+    grad_output [tokens, out], scale = c and norm fp32 [out]. grad_magnitude is taken from `base` (with dropout: base_dropped), or
+    from `output`, `magnitude` and `bias`.
     grad_base has `base_dtype` (grad_output's by default), grad_hidden `hidden_dtype` (hidden's by default), the others fp32.
     A 16-bit hidden rounds the operands of the products to its dtype. With `dropped`, grad_base is (c - 1) * grad_output.
     """
@@ -148,6 +157,8 @@ def launch_compose_backward(
     saved = output if output is not None else base
     if needs_magnitude and saved is None:
         raise ValueError("grad_magnitude needs base or output")
+    if needs_magnitude and output is not None and magnitude is None:
+        raise ValueError("grad_magnitude from output needs magnitude")
     saved = grad_output if saved is None else rows(saved)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -160,33 +171,24 @@ def launch_compose_backward(
     splits = splits_for(token_tiles, out_tiles)
     tiles_per_split = cdiv(out_tiles, splits)
     splits = max(cdiv(out_tiles, tiles_per_split), 1) if out_tiles else 1
+    rank_programs = chunks if needs_hidden or needs_lora_B else 1
     hidden_partials = empty(splits, tokens, r) if needs_hidden else None
     lora_B_partials = empty(token_tiles, out_features, r) if needs_lora_B else None
-    magnitude_partials = empty(token_tiles, out_features) if needs_magnitude else None
-
-    def launch(rank_programs: int, **flags: bool) -> None:
-        unused = norm  # never dereferenced: its flag is off
+    magnitude_partials = empty(rank_programs * token_tiles, out_features) if needs_magnitude else None
+    buffers = (grad_base, hidden_partials, lora_B_partials, magnitude_partials)
+    if tokens and out_features and any(buffer is not None for buffer in buffers):
+        # what a flag leaves out is never dereferenced; norm stands in for its pointer
+        grad_base_arg, hidden_arg, lora_B_arg, magnitude_arg = (norm if buffer is None else buffer for buffer in buffers)
         run(
             "compose_backward", _compose_backward_kernel, (token_tiles * splits, rank_programs), grad_output,
-            grad_output, saved, hidden, lora_B, magnitude, norm, unused if bias is None else bias,
-            unused if grad_base is None else grad_base, unused if hidden_partials is None else hidden_partials,
-            unused if lora_B_partials is None else lora_B_partials, unused if magnitude_partials is None else magnitude_partials,
+            grad_output, saved, hidden, lora_B, scale, norm if bias is None else bias,
+            grad_base_arg, hidden_arg, lora_B_arg, magnitude_arg,
             tokens, out_features, r, tiles_per_split, splits, float(scaling),
             grad_output.stride(0), saved.stride(0), hidden.stride(0), lora_B.stride(0), out_features,
+            GRAD_BASE=needs_base, GRAD_HIDDEN=needs_hidden, GRAD_LORA_B=needs_lora_B, GRAD_MAGNITUDE=needs_magnitude,
             FROM_OUTPUT=output is not None, HAS_BIAS=bias is not None, DROPPED=dropped,
-            RANK_CHUNKS=chunks, PRECISION=precision(hidden), **flags, **chosen,
+            RANK_CHUNKS=chunks, PRECISION=precision(hidden), **chosen,
         )  # fmt: skip
-
-    if tokens and out_features:
-        wide = {"GRAD_BASE": needs_base, "GRAD_MAGNITUDE": needs_magnitude}
-        low_rank = {"GRAD_HIDDEN": needs_hidden, "GRAD_LORA_B": needs_lora_B}
-        if chunks == 1 and (any(wide.values()) or any(low_rank.values())):
-            launch(1, **wide, **low_rank)
-        elif chunks > 1:
-            if any(wide.values()):
-                launch(1, **wide, **dict.fromkeys(low_rank, False))
-            if any(low_rank.values()):
-                launch(chunks, **dict.fromkeys(wide, False), **low_rank)
 
     segments = []
     if hidden_partials is not None:

@@ -1,6 +1,6 @@
 """Sums of per-tile partial results in a fixed order, so that every gradient is bitwise reproducible.
 
-output[j] = sum_p partials[p, j], optionally its square root, or divided by the row norm (DoRA, arXiv:2402.09353, eq. 5)
+output[j] = sum_p partials[p, j], optionally divided by the row norm (DoRA, arXiv:2402.09353, eq. 5)
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ class Segment:
     """One reduction: partials [parts, length] fp32 to [length].
 
     norm: [length] fp32; the sum is divided by it, and is 0 where it lies below NORM_FLOOR. divisor: [length] of any dtype, for a
-    plain quotient that is 0 where the divisor is 0. root: take the square root. dtype: of the result.
+    plain quotient that is 0 where the divisor is 0. dtype: of the result.
     """
 
     partials: Tensor
     norm: Tensor | None = None
     divisor: Tensor | None = None
-    root: bool = False
     dtype: torch.dtype = torch.float32
 
 
@@ -44,10 +43,8 @@ def _reduce_segment(
         mask = (part < parts)[:, None] & element_ok[None, :]
         total += tl.sum(tl.load(partials_ptr + part[:, None] * length + element[None, :], mask=mask, other=0.0), axis=0)
     if FINISH == 1:
-        total = tl.sqrt_rn(total)
-    if FINISH == 2:
         total *= inverse_norm(tl.load(divisor_ptr + element, mask=element_ok, other=1.0))
-    if FINISH == 3:
+    if FINISH == 2:
         divisor = tl.load(divisor_ptr + element, mask=element_ok, other=1.0).to(tl.float32)
         total = tl.where(divisor == 0.0, 0.0, tl.div_rn(total, tl.where(divisor == 0.0, 1.0, divisor)))
     tl.store(output_ptr + element, round_to(total, output_ptr.dtype.element_ty), mask=element_ok)
@@ -85,7 +82,7 @@ def launch_reduce_partials(*segments: Segment, block: int = 128, block_parts: in
         divisor = segment.norm if segment.norm is not None else segment.divisor
         blocks = cdiv(length, block)
         args += [segment.partials, output if divisor is None else divisor, output, parts, length, blocks]
-        finishes.append(1 if segment.root else 2 if segment.norm is not None else 3 if segment.divisor is not None else 0)
+        finishes.append(1 if segment.norm is not None else 2 if segment.divisor is not None else 0)
         outputs.append(output)
         total_blocks += blocks
     for _ in range(3 - len(segments)):

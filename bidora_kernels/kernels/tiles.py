@@ -32,8 +32,10 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
             2: {16: _WEIGHT_16, 64: _WEIGHT_64},
             4: {16: _WEIGHT_16, 64: _WEIGHT_64},
         },
+        "weight_norms": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
         "weight_norm_factors": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
-        "lora_A_gradient": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
+        "weight_norm_factors_tail": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
+        "down_gradient": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
         "row_projection": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
         "merged_weight": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
         "compose": {

@@ -1,6 +1,7 @@
 """Row norms of a DoRA-updated weight, without storing that weight (DoRA, arXiv:2402.09353, eq. 5).
 
 weight_norm[i] = || weight[i, :] + scaling * (lora_B @ lora_A)[i, :] ||_2
+scale[i] = magnitude[i] / weight_norm[i]    (1 where weight_norm < 1e-18)
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import dot, low_rank_tile
+from ._arithmetic import dot, low_rank_tile, row_scale
 from ._launch import cdiv, precision, rows, run, splits_for, tile
-from .reduce_partials import Segment, launch_reduce_partials
 
 
 @triton.jit
 def _weight_norm_kernel(
     weight_ptr, lora_A_ptr, lora_B_ptr, sum_ptr, out_features, in_features, r, split_size, scaling,
     stride_weight_out, stride_weight_in, stride_set_A, stride_lora_A, stride_set_B, stride_lora_B,
-    SETS: tl.constexpr, SETS_PADDED: tl.constexpr, ROOT: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    SETS: tl.constexpr, SETS_PADDED: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program sums the squares of BLOCK_OUT rows over one split of in_features, for every (lora_A, lora_B) set."""
@@ -52,10 +52,47 @@ def _weight_norm_kernel(
                 )  # fmt: skip
             updated = w.to(tl.float32) + scaling * low_rank
             sum_sq += tl.where(set_index[None, :] == index, tl.sum(updated * updated, axis=1)[:, None], 0.0)
-    if ROOT:
-        sum_sq = tl.sqrt_rn(sum_sq)
     offset = (split * SETS + set_index)[None, :].to(tl.int64) * out_features + row[:, None]
     tl.store(sum_ptr + offset, sum_sq, mask=row_ok[:, None] & (set_index < SETS)[None, :])
+
+
+@triton.jit
+def _row_scale_kernel(
+    sum_ptr, magnitude_ptr, norm_ptr, scale_ptr, splits, length,
+    FROM_SUMS: tl.constexpr, HAS_MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the splits' sums in order and takes the root, or reads the norm; then the scale."""
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    element_ok = element < length
+    if FROM_SUMS:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for split in tl.range(0, splits):
+            total += tl.load(sum_ptr + split * length + element, mask=element_ok, other=0.0)
+        norm = tl.sqrt_rn(total)
+        tl.store(norm_ptr + element, norm, mask=element_ok)
+    else:
+        norm = tl.load(norm_ptr + element, mask=element_ok, other=0.0)
+    if HAS_MAGNITUDE:
+        tl.store(
+            scale_ptr + element, row_scale(tl.load(magnitude_ptr + element, mask=element_ok, other=0.0), norm), mask=element_ok
+        )
+
+
+def launch_row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """Return c = magnitude / norm (1 where norm < NORM_FLOOR), fp32 [out]."""
+    scale = torch.empty_like(norm)
+    _finish(norm, norm, scale, 0, magnitude)
+    return scale
+
+
+def _finish(sums: Tensor, norm: Tensor, scale: Tensor | None, splits: int, magnitude: Tensor | None) -> None:
+    length, block = norm.numel(), 256
+    if length:
+        run(
+            "row_scale", _row_scale_kernel, (cdiv(length, block),), norm,
+            sums, norm if magnitude is None else magnitude, norm, norm if scale is None else scale, splits, length,
+            FROM_SUMS=splits > 0, HAS_MAGNITUDE=magnitude is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
 
 
 def launch_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -63,27 +100,42 @@ def launch_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     return launch_weight_norms(weight, [(lora_A, lora_B)], scaling)[0]
 
 
+def launch_weight_norm_and_scale(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return (norm, c = magnitude / norm), fp32 [out] each."""
+    sums = _sums(weight, rows(lora_A)[None], rows(lora_B)[None], scaling)
+    norm, scale = torch.empty_like(sums[0, 0]), torch.empty_like(sums[0, 0])
+    _finish(sums, norm, scale, sums.shape[0], magnitude)
+    return norm, scale
+
+
 def launch_weight_norms(weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
     """Return fp32 [len(sets), out]: the norms for several (lora_A, lora_B) of one rank and dtype, in one pass over weight."""
-    out_features, in_features = weight.shape
     if len(sets) == 1:
         lora_A, lora_B = rows(sets[0][0])[None], rows(sets[0][1])[None]
     else:
         lora_A, lora_B = torch.stack([a for a, _ in sets]), torch.stack([b for _, b in sets])
-    r = lora_A.shape[1]
-    chosen = tile("weight_norm", r, weight, lora_A, lora_B)
+    sums = _sums(weight, lora_A, lora_B, scaling)
+    norms = torch.empty_like(sums[0])
+    _finish(sums, norms, None, sums.shape[0], None)
+    return norms
+
+
+def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """[splits, sets, out] sums of squares for lora_A [sets, r, in] and lora_B [sets, out, r]."""
+    out_features, in_features = weight.shape
+    sets, r, _ = lora_A.shape
+    chosen = tile("weight_norm" if sets == 1 else "weight_norms", r, weight, lora_A, lora_B)
     blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
     splits = splits_for(blocks, steps)
-    sums = torch.empty(splits, len(sets), out_features, dtype=torch.float32, device=weight.device)
-    if out_features == 0:
-        return sums[0]
-    run(
-        "weight_norm", _weight_norm_kernel, (blocks, splits), weight,
-        weight, lora_A, lora_B, sums, out_features, in_features, r, cdiv(steps, splits) * chosen["BLOCK_IN"], float(scaling),
-        *weight.stride(), lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1),
-        SETS=len(sets), SETS_PADDED=triton.next_power_of_2(len(sets)), ROOT=splits == 1,
-        RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(lora_A, lora_B), **chosen,
-    )  # fmt: skip
-    if splits == 1:
-        return sums[0]
-    return launch_reduce_partials(Segment(sums.view(splits, -1), root=True))[0].view(len(sets), out_features)
+    sums = torch.empty(splits, sets, out_features, dtype=torch.float32, device=weight.device)
+    if out_features:
+        run(
+            "weight_norm", _weight_norm_kernel, (blocks, splits), weight,
+            weight, lora_A, lora_B, sums, out_features, in_features, r, cdiv(steps, splits) * chosen["BLOCK_IN"], float(scaling),
+            *weight.stride(), lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1),
+            SETS=sets, SETS_PADDED=triton.next_power_of_2(sets),
+            RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(lora_A, lora_B), **chosen,
+        )  # fmt: skip
+    return sums

@@ -5,6 +5,7 @@ import torch
 
 from bidora_kernels.kernels._launch import LAUNCHES
 from bidora_kernels.kernels.compose import launch_compose
+from bidora_kernels.kernels.weight_norm import launch_row_scale
 
 from .comparison import DTYPES, TINY_ROW, ZERO_ROW, assert_mutation_fails, assert_rows_close
 from .compose_cases import Case, make_case, reference_results
@@ -13,9 +14,8 @@ SHAPES = [(77, 133, 1), (64, 72, 3), (1, 104, 16), (65, 1000, 16), (33, 90, 64),
 
 
 def launch(case: Case, **options: object) -> torch.Tensor:
-    return launch_compose(
-        case.base, case.hidden, case.lora_B, case.magnitude, case.norm, case.scaling, case.bias, case.base_dropped, **options
-    )
+    scale = launch_row_scale(case.magnitude, case.norm)
+    return launch_compose(case.base, case.hidden, case.lora_B, scale, case.scaling, case.bias, case.base_dropped, **options)
 
 
 def check(case: Case, rounded: torch.dtype | None = None, **options: object) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from bidora_kernels.kernels._launch import LAUNCHES
 from bidora_kernels.kernels.compose_backward import ComposeGradients, launch_compose_backward
+from bidora_kernels.kernels.weight_norm import launch_row_scale
 
 from .comparison import DTYPES, assert_mutation_fails, assert_rows_close
 from .compose_cases import Case, make_case, reference_results
@@ -19,7 +20,7 @@ def launch(case: Case, **options: object) -> ComposeGradients:
     options.setdefault("base", case.base if case.base_dropped is None else case.base_dropped)
     options.setdefault("hidden_dtype", torch.float32)
     return launch_compose_backward(
-        case.grad_output, case.hidden, case.lora_B, case.magnitude, case.norm, case.scaling,
+        case.grad_output, case.hidden, case.lora_B, launch_row_scale(case.magnitude, case.norm), case.norm, case.scaling,
         dropped=case.base_dropped is not None, **options,
     )  # fmt: skip
 
@@ -93,7 +94,7 @@ def test_magnitude_gradient_from_the_output(bias: bool) -> None:
     case = make_case(70, 90, 16, torch.float32, bias=bias)
     exact = case.to(torch.float64)
     expected, same, bound = reference_results(exact), reference_results(case), reference_results(exact.absolute())
-    got = launch(case, base=None, output=same.output, bias=case.bias).magnitude
+    got = launch(case, base=None, output=same.output, magnitude=case.magnitude, bias=case.bias).magnitude
     # the subtraction of the bias rounds relative to |output| + |bias|, and the quotient divides that by the scale
     scale = (exact.magnitude / exact.norm).abs()
     extra = (exact.grad_output.abs() * (same.output.double().abs() + (case.bias.double().abs() if bias else 0))).sum(0)

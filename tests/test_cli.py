@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 pytest.importorskip("transformers", reason="the extra [train] is not installed")
 
 from bidora_kernels import cli
-from tests.recipes.conftest import tiny_data, tiny_model  # noqa: F401
+from tests.recipes.conftest import _no_curves, tiny_data, tiny_model  # noqa: F401
 
 COMMANDS = ("train", "predict", "compare", "export", "recipes", "doctor")
 
@@ -96,7 +97,7 @@ BAD = {
     "preset without a value": (["--preset=paper/roberta-base/sst2"], "gives no retrain_lr and no retrain_steps"),
     "data folder": (["--data-dir=nowhere"], "nowhere is not a folder"),
     "model folder": (["--model=./nowhere"], "--model ./nowhere is not a folder"),
-    "no module": (["--target-modules=q_proj"], "query"),
+    "no module": (["--target-modules=q_proj"], "target_modules"),
     "rank": (["--r=0"], "r must be a positive integer, got 0"),
     "partition": (["--partition=0.3"], "partition must be in 0.6 … 1.0, got 0.3"),
     "empty validation": (["--train-examples=3"], "the validation split would be empty"),
@@ -167,8 +168,8 @@ def test_a_missing_extra_is_one_line_that_names_it(
     assert 'transformers is not installed: pip install "bidora-kernels[train]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_says_how_to_go_on(options: list[str], tmp_path: Path, number: int, code: int) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(options: list[str], tmp_path: Path) -> None:
+    """A real process with a real signal."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "bidora_kernels.cli", "train", *options, "--steps=4000", "--output", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -177,15 +178,41 @@ def test_a_signal_saves_and_says_how_to_go_on(options: list[str], tmp_path: Path
     try:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("search 1/4000")
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate()
     finally:
         watchdog.cancel()
         process.kill()
-    assert process.returncode == code
-    assert f"stopped by {signal.Signals(number).name}; go on with: bidora train --resume {run}" in errors
+    assert process.returncode == 130
+    assert f"stopped by SIGINT; go on with: bidora train --resume {run}" in errors
     assert errors.count("\n") == 1
     assert (run / "checkpoints" / "last.pt").is_file()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_gives_its_exit_code_and_the_run_goes_on(
+    options: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+) -> None:
+    from bidora_kernels.recipes import progress
+
+    class Signalling(progress.Silent):
+        def step(self, phase: str, step: int, *numbers: object) -> None:
+            if step == 2:
+                os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress, "display", lambda stream: Signalling())
+        assert cli.main(["train", *options, "--output", str(tmp_path / "run")]) == code
+    assert f"stopped by {signal.Signals(number).name}; go on with: bidora train --resume" in capsys.readouterr().err
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("search 4/4") or lines[0].startswith("search 3/4")
 
 
 def test_doctor_says_which_backend_serves_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

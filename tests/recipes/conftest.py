@@ -25,6 +25,14 @@ def write_rows(path: Path, counts: dict[str, int], seed: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny run; runs made in module fixtures draw."""
+    from bidora_kernels.recipes import train
+
+    monkeypatch.setattr(train, "draw_curves", lambda lines, summary, path: path.write_bytes(b""))
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")

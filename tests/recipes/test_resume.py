@@ -65,8 +65,8 @@ def assert_same_run(run: RunFolder, expected: RunFolder) -> None:
             continue
         same = torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
         assert same, name
-    summaries = run.read_summary(), expected.read_summary()
-    assert [{**summary, "seconds": 0} for summary in summaries[:1]] == [{**summary, "seconds": 0} for summary in summaries[1:]]
+    again, once = (folder.read_summary() for folder in (run, expected))
+    assert again == {**once, "seconds": again["seconds"], "commit": again["commit"]}  # the tree may be edited in between
 
 
 class SignalAt(Silent):
@@ -86,11 +86,9 @@ class SignalAt(Silent):
 @pytest.mark.parametrize(
     ("start", "phase", "step"),
     [
-        ("init", "search", 1),
         ("init", "search", 7),
         ("init", "search", 12),
         ("search", "search", 12),
-        ("init", "retrain", 1),
         ("search", "retrain", 4),
         ("init", "retrain", 9),
         ("init", "test", 0),
@@ -136,29 +134,45 @@ def test_a_run_may_be_stopped_after_every_third_step(
     assert_same_run(run, uninterrupted["search"])
 
 
-@pytest.mark.parametrize("phase", ["search", "retrain"])
-def test_a_killed_and_resumed_run_is_bit_identical(settings: dict[str, Any], tmp_path: Path, phase: str) -> None:
-    """A real process, killed with SIGKILL while it trains."""
-    longer = {**settings, "steps": 60 if phase == "search" else 5, "retrain_steps": 100, "checkpoint_every": 7}
-    run, expected = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "expected")
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in longer.items()]
-    command = [sys.executable, "-m", "bidora_kernels.cli", "train", "--json", f"--output={run.path}", *options]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+@pytest.fixture(scope="module")
+def killed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[RunFolder, dict[str, Any]]]:
+    """Two real processes, killed with SIGKILL while they train, one in each phase."""
+    runs, processes = {}, {}
+    for phase, steps, lines in (("search", 60, 20), ("retrain", 5, 25)):
+        longer = {**settings, "steps": steps, "retrain_steps": 100, "checkpoint_every": 7}
+        run = RunFolder(tmp_path_factory.mktemp("killed") / phase)
+        runs[phase] = run, longer
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in longer.items()]
+        command = [sys.executable, "-m", "bidora_kernels.cli", "train", "--json", f"--output={run.path}", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        processes[phase] = subprocess.Popen(command, env=environment), run, lines
+    deadline = time.monotonic() + 120
+    waiting = dict(processes)
     try:
-        wanted = 20 if phase == "search" else 5 + 20
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            if run.metrics.exists() and run.metrics.read_bytes().count(b"\n") >= wanted:
-                break
+        while waiting and time.monotonic() < deadline:
+            for phase, (process, run, lines) in list(waiting.items()):
+                if process.poll() is not None or (run.metrics.exists() and run.metrics.read_bytes().count(b"\n") >= lines):
+                    process.kill()
+                    del waiting[phase]
             time.sleep(0.002)
     finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        for process, _, _ in processes.values():
+            process.kill()
+            process.wait()
+    assert {process.returncode for process, _, _ in processes.values()} == {-signal.SIGKILL}
+    return runs
+
+
+@pytest.mark.parametrize("phase", ["search", "retrain"])
+def test_a_killed_and_resumed_run_is_bit_identical(
+    killed: dict[str, tuple[RunFolder, dict[str, Any]]], tmp_path: Path, phase: str
+) -> None:
+    run, longer = killed[phase]
     assert not run.summary.exists()
     state = load_checkpoint(run.checkpoint)
     assert (state["phase"], state["step"] > 0) == (0 if phase == "search" else 1, True)
     resume(run.path)
+    expected = RunFolder(tmp_path / "expected")
     train(TrainSettings(**longer), expected.path)
     assert_same_run(run, expected)
 

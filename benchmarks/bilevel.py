@@ -50,8 +50,9 @@ Direction = Sequence[Tensor]
 
 
 class DifferenceMethod:
-    """Eq. 8 of BiDoRA on layers that know nothing of it, in the order of the authors' code: the lower step, then a validation pass
-    and two train passes around the updated directions, each asking for the gradients it uses; xi = 1.
+    """Eq. 8 of BiDoRA on layers that know nothing of it, in the order of the authors' code, with xi = 1.
+
+    The lower step, a validation pass, two train passes around the updated directions; each asks for the gradients it uses.
 
     one_sided: a single perturbed pass, whose base gradient comes from the lower pass.
     """

@@ -121,7 +121,7 @@ class Material:
 Gradients = dict[str, Tensor]
 
 
-def _candidate(
+def layer_candidate(
     name: str,
     material: Material,
     rule: str,
@@ -157,7 +157,7 @@ def _candidate(
 
 
 def _frozen(material: Material) -> Candidate:
-    return _candidate("frozen linear", material, "frozen", lambda which: (material.plain(which), {}))
+    return layer_candidate("frozen linear", material, "frozen", lambda which: (material.plain(which), {}))
 
 
 class _Holder(nn.Module):
@@ -202,7 +202,7 @@ def _peft(name: str, material: Material, dora: bool, fp32: bool = False, caching
         with autocast, DoraCaching(enabled=caching):
             yield
 
-    return _candidate(name, material, "dora" if dora else "lora", make, around)
+    return layer_candidate(name, material, "dora" if dora else "lora", make, around)
 
 
 def _bidora(material: Material, backend: str, merged: bool = False) -> Candidate:
@@ -226,7 +226,7 @@ def _bidora(material: Material, backend: str, merged: bool = False) -> Candidate
 
     name = ours(backend) + (" merged" if merged else "")
     with bk.use_backend(backend):
-        return _candidate(name, material, "dora", make, functools.partial(backend_context, backend))
+        return layer_candidate(name, material, "dora", make, functools.partial(backend_context, backend))
 
 
 def _leaf(value: Tensor) -> Tensor:
@@ -241,7 +241,7 @@ def _function(name: str, material: Material, call: Callable[..., Tensor]) -> Can
         parameters = {name: _leaf(getattr(adapter, name)) for name in ("lora_A", "lora_B", "magnitude")}
         return (lambda x: call(x, which.weight, *parameters.values(), adapter.scaling, which.bias)), parameters
 
-    return _candidate(name, material, "dora", make)
+    return layer_candidate(name, material, "dora", make)
 
 
 class _WriteMergedWeight(torch.autograd.Function):
@@ -297,7 +297,7 @@ def _merged(material: Material) -> Candidate:
         weight = bk.reference.merged_weight(which.weight, a.lora_A, a.lora_B, a.magnitude, a.scaling).detach()
         return material.plain(dataclasses.replace(which, weight=nn.Parameter(weight, False))), {}
 
-    return _candidate("merged linear", material, "dora", make)
+    return layer_candidate("merged linear", material, "dora", make)
 
 
 Builder = Callable[[Material], Candidate]

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from bidora_kernels.cli import add_bench_arguments
+
 from . import bilevel, machine, memory, models, operations, peers, report, results
-from .cases import SUITES, BilevelCase, Case, LayerCase, OperationCase, StepCase, suite
+from .cases import BilevelCase, Case, LayerCase, OperationCase, StepCase, suite
 from .timing import Candidate, Disagreement, measure
 
 Log = Callable[[str], None]
@@ -162,30 +164,6 @@ def default_output(name: str, device: str) -> Path:
     return results.FOLDER / (f"{slug}.json" if name in ("cpu", "gpu") else f"{slug}-{name}.json")
 
 
-def build_parser(prog: str = "bidora bench") -> argparse.ArgumentParser:
-    """The parser of the command."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Measure this library against what it replaces.",
-        epilog="example:\n  bidora bench --suite cpu --budget 280    (again and again: it goes on where it stopped)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(parser)
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options to a parser."""
-    parser.add_argument("--suite", default="smoke", choices=tuple(SUITES), help="which cases (default smoke)")
-    parser.add_argument("--filter", metavar="TEXT", help="only cases whose id contains TEXT, or matches it with * and ?")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further round after so many seconds")
-    parser.add_argument("--json", metavar="OUT", help="results file; what it holds already is not measured again")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for the suite gpu where there is one, else cpu")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes: proves that everything runs, says nothing about speed")
-    parser.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
-    parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="name what changed beyond noise between two files")
-
-
 def main(arguments: argparse.Namespace) -> int:
     """Run the command; 1 where a provider was refused or failed or a comparison found a regression, 2 for a user's mistake."""
     try:
@@ -231,4 +209,6 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(build_parser("python -m benchmarks.run").parse_args()))
+    options = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    add_bench_arguments(options)
+    sys.exit(main(options.parse_args()))

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,27 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = _subcommand(commands, "doctor", "Show versions, backends and what is missing.", "bidora doctor")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = _subcommand(
+        commands,
+        "bench",
+        "Measure this library against what it replaces (from a checkout of its repository).",
+        "bidora bench --suite cpu --budget 280    (again and again: it goes on where it stopped)",
+    )
+    add_bench_arguments(bench)
     return parser
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `bench`, which `python -m benchmarks.run` shares."""
+    parser.add_argument("--suite", default="smoke", choices=("smoke", "cpu", "gpu", "full"), help="which cases (default smoke)")
+    parser.add_argument("--filter", metavar="TEXT", help="only cases whose id contains TEXT, or matches it with * and ?")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no further round after so many seconds")
+    parser.add_argument("--json", metavar="OUT", help="results file; what it holds already is not measured again")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for smoke and gpu where there is one, else cpu")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: proves that everything runs, says nothing about speed")
+    parser.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
+    parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="name what changed beyond noise between two files")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -239,14 +259,32 @@ def _doctor(arguments: argparse.Namespace) -> None:
     _report(arguments, diagnosis, diagnosis_lines(diagnosis))
 
 
-_COMMANDS = {"train": _train, "predict": _predict, "compare": _compare, "export": _export, "recipes": _recipes, "doctor": _doctor}
+def _bench(arguments: argparse.Namespace) -> int:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "run.py").is_file():
+        raise UserError("the benchmarks are not part of the package: clone the repository and install it with pip install -e .")
+    sys.path.insert(0, str(checkout))
+    from benchmarks import run
+
+    return run.main(arguments)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "train": _train,
+    "predict": _predict,
+    "compare": _compare,
+    "export": _export,
+    "recipes": _recipes,
+    "doctor": _doctor,
+    "bench": _bench,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        _COMMANDS[arguments.command](arguments)
+        code = _COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"bidora {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -262,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"bidora {arguments.command}: {error}", file=sys.stderr)
         return 128 + number
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

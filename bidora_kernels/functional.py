@@ -14,8 +14,11 @@ from torch import Tensor
 from . import reference
 from .ops import _backend
 from .ops import _checks as checks
+from .ops import dora_linear as _dora_linear
+from .ops import merged_weight as _merged_weight
+from .ops import orthogonality as _orthogonality
+from .ops import weight_norm as _weight_norm
 from .ops._context import PassMode, current_mode
-from .ops.dora_linear import dora_linear as fused_dora_linear
 
 
 def _frozen(weight: Tensor) -> Tensor:
@@ -60,29 +63,33 @@ def dora_linear(
         detach_norm = not mode.differentiate_norm
     lora_A, lora_B, magnitude = _needed(mode, lora_A, lora_B, magnitude)
     weight, bias = _frozen(weight), None if bias is None else _frozen(bias)
-    backend = _serving(x.device.type, (x, lora_A, lora_B, magnitude), x, weight)
+    backend = _serving(x.device.type, (x, lora_A, lora_B, magnitude), weight, x)
     if backend == "reference":
         return reference.dora_linear(
             x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise
         )
-    return fused_dora_linear(
+    return _dora_linear.dora_linear(
         x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend
     )
 
 
-def _serving(device_type: str, differentiable: tuple[Tensor, ...], x: Tensor | None = None, weight: Tensor | None = None) -> str:
+def _serving(device_type: str, differentiable: tuple[Tensor, ...], weight: Tensor, x: Tensor | None = None) -> str:
     """The backend that takes this call. `auto` leaves to the reference what the others do not serve; a named one raises."""
     backend = _backend.resolve(device_type)
     if backend == "reference":
         return backend
-    reason = None
+    reason, auto = None, (current_mode().backend or _backend.environment_backend()) == "auto"
     if _in_forward_mode(differentiable):
         reason = "forward-mode derivatives and functional transforms"
-    elif x is not None and weight is not None and x.dtype == torch.float64 and weight.dtype != torch.float64:
+    elif backend == "triton" and weight.dtype == torch.float64:
+        reason = "fp64 weights"
+    elif x is not None and x.dtype == torch.float64 and weight.dtype != torch.float64:
         reason = f"an fp64 input with a weight in {str(weight.dtype).removeprefix('torch.')}"
+    elif auto and backend == "triton" and (weight.shape[0] % 8 or weight.shape[1] % 8):
+        return "reference"  # 16-bit loads and register spills: the kernels would be right, and slower
     if reason is None:
         return backend
-    if (current_mode().backend or _backend.environment_backend()) == "auto":
+    if auto:
         return "reference"
     raise NotImplementedError(f'backend {backend!r} does not serve {reason}: use backend "reference"')
 
@@ -108,7 +115,10 @@ def _needed(mode: PassMode, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """n = ||weight + scaling * lora_B @ lora_A||_2 per row, [out], in fp32 (fp64 for an fp64 weight); differentiable."""
     checks.check_direction(weight, lora_A, lora_B)
-    return reference.weight_norm(_frozen(weight), lora_A, lora_B, scaling)
+    weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
+    if backend == "reference":
+        return reference.weight_norm(weight, lora_A, lora_B, scaling)
+    return _weight_norm.weight_norm(weight, lora_A, lora_B, scaling, backend)
 
 
 def normalized_direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -117,7 +127,10 @@ def normalized_direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling
     A row whose norm is below 1e-18 is 0, with zero gradient.
     """
     checks.check_direction(weight, lora_A, lora_B)
-    return reference.normalized_direction(_frozen(weight), lora_A, lora_B, scaling)
+    weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
+    if backend == "reference":
+        return reference.normalized_direction(weight, lora_A, lora_B, scaling)
+    return _merged_weight.normalized_direction(weight, lora_A, lora_B, scaling, backend)
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
@@ -127,7 +140,10 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Ten
     """
     checks.check_direction(weight, lora_A, lora_B)
     checks.check_row_vector("magnitude", magnitude, weight)
-    return reference.merged_weight(_frozen(weight), lora_A, lora_B, magnitude, scaling)
+    weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B, magnitude), weight=weight)
+    if backend == "reference":
+        return reference.merged_weight(weight, lora_A, lora_B, magnitude, scaling)
+    return _merged_weight.merged_weight(weight, lora_A, lora_B, magnitude, scaling, backend)
 
 
 def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -136,4 +152,7 @@ def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     Rows whose norm is below 1e-18 are left out.
     """
     checks.check_direction(weight, lora_A, lora_B)
-    return reference.orthogonality_penalty(_frozen(weight), lora_A, lora_B, scaling)
+    weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
+    if backend == "reference":
+        return reference.orthogonality_penalty(weight, lora_A, lora_B, scaling)
+    return _orthogonality.orthogonality_penalty(weight, lora_A, lora_B, scaling, backend)

@@ -33,7 +33,9 @@ def weight_plan_pays(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known
     return activation > 2 * out_features * in_features
 
 
-def kept_dtype(weight: Tensor, dropped: bool, precise: bool, out_dtype: torch.dtype, keeps: bool) -> torch.dtype | None:
+def kept_dtype(
+    weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool
+) -> torch.dtype | None:
     """The dtype of what the backward needs beyond y for the magnitude's gradient, None where y is enough.
 
     With dropout it is V x_dropped; a precise pass keeps the y that was not rounded to 16 bits.
@@ -101,6 +103,7 @@ def forward(
     x_dropped: Tensor | None,
     scaling: float,
     precise: bool,
+    product_dtype: torch.dtype,
     out_dtype: torch.dtype,
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -111,13 +114,7 @@ def forward(
     norm_known = norm is not None
     norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
     if x_dropped is None and weight_plan_pays(x.shape[0], weight, layer.dtype, norm_known):
-        y = x.new_empty(x.shape[0], out_features)
-        for part, merged in layer.merged_blocks(norm, norm_known):
-            if layer.bias is None:
-                torch.mm(x, merged.t(), out=y[:, part])
-            else:
-                torch.addmm(layer.bias[part], x, merged.t(), out=y[:, part])
-        kept = y
+        kept = y = _outputs(layer, x, norm, layer.bias, norm_known)
     else:
         if not norm_known:
             norm = native.weight_norm(weight, layer.lora_A, layer.lora_B, scaling)
@@ -132,13 +129,13 @@ def forward(
                 torch.mm(x, frozen.t(), out=y[:, part])
                 torch.mm(x_dropped, frozen.t(), out=kept[:, part])
             native.compose(y, torch.mm(x_dropped, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y, kept)
-    kept_as = kept_dtype(weight, x_dropped is not None, precise, out_dtype, keeps)
+    kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps)
     return y.to(out_dtype), norm, None if kept_as is None else kept
 
 
 def backward(
     grad_output: Tensor,
-    x: Tensor | None,
+    x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -153,6 +150,7 @@ def backward(
     needs_direction: bool,
     needs_magnitude: bool,
     differentiate_norm: bool,
+    product_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
 
@@ -162,28 +160,30 @@ def backward(
     norm = layer.constant(norm)
     g = rows(grad_output)
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = None
-    beyond_direction = needs_magnitude or (needs_direction and differentiate_norm)
-    if needs_direction or beyond_direction:
-        inputs = rows(x.reshape(-1, x.shape[-1]))
+    through_norm = needs_direction and differentiate_norm
+    if needs_direction or needs_magnitude:
+        inputs, subtracted = rows(x.reshape(-1, x.shape[-1])), None if dropped else layer.bias
+        if not (needs_magnitude or through_norm):
+            kept = None
+        elif kept is None:
+            kept, subtracted = _outputs(layer, layer.flat(x), norm, None), None
         grad_A, grad_B, grad_magnitude, doubtful = native.adapter_gradients(
-            inputs, g, rows(kept) if beyond_direction else None, layer.lora_A, layer.lora_B, layer.magnitude, norm,
-            None if dropped else layer.bias, scaling, needs_direction, dropped,
+            inputs, g, None if kept is None else rows(kept), layer.lora_A, layer.lora_B, layer.magnitude, norm, subtracted,
+            scaling, needs_direction, dropped,
         )  # fmt: skip
-        if doubtful is not None:
+        if doubtful is not None and grad_magnitude is not None:
             exact = doubtful.nonzero().squeeze(1)
             updated = reference.direction(weight[exact], layer.lora_A, layer.lora_B[exact], scaling)
             per_row = torch.mm(g[:, exact].to(layer.dtype).t(), layer.flat(inputs))
             grad_magnitude[exact] = (per_row * updated).sum(1) / norm[exact]
-    if needs_direction and differentiate_norm:
+    if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
         grad_norm = -reference.row_scale(layer.magnitude, norm) * grad_magnitude
-        through_norm = native.direction_backward(weight, None, layer.lora_A, layer.lora_B, None, scaling, norm, grad_norm)
-        grad_A.add_(through_norm[0])
-        grad_B.add_(through_norm[1])
+        norm_A, norm_B, _ = native.direction_backward(weight, None, layer.lora_A, layer.lora_B, None, scaling, norm, grad_norm)
+        grad_A, grad_B = grad_A.add_(norm_A), grad_B.add_(norm_B)
     if needs_x or needs_dropped:
         g = rows(g.to(layer.dtype))
         if dropped:
-            if needs_x:
-                grad_x = _product(g, layer.frozen_blocks())
+            grad_x = _product(g, layer.frozen_blocks()) if needs_x else None
             if needs_dropped:
                 grad_dropped = _product(g, layer.merged_blocks(norm, norm_known=True, minus_weight=True))
         elif weight_plan_pays(g.shape[0], weight, layer.dtype, norm_known=True):
@@ -194,7 +194,19 @@ def backward(
     return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude if needs_magnitude else None
 
 
+def _outputs(layer: _Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_known: bool = True) -> Tensor:
+    """x W'^T + bias, [tokens, out]."""
+    y = x.new_empty(x.shape[0], layer.weight.shape[0])
+    for part, merged in layer.merged_blocks(norm, norm_known):
+        if bias is None:
+            torch.mm(x, merged.t(), out=y[:, part])
+        else:
+            torch.addmm(bias[part], x, merged.t(), out=y[:, part])
+    return y
+
+
 def _product(g: Tensor, blocks: Iterator[tuple[slice, Tensor]]) -> Tensor | None:
+    """g @ weight over blocks of output features."""
     product = None
     for part, block in blocks:
         product = torch.mm(g[:, part], block) if product is None else product.addmm_(g[:, part], block)

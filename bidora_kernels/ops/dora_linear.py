@@ -22,7 +22,9 @@ def _plan(backend: str) -> Any:
         from . import _native_plan
 
         return _native_plan
-    raise RuntimeError(f"backend {backend!r} has no dora_linear")
+    from . import _triton_plan
+
+    return _triton_plan
 
 
 @contextlib.contextmanager
@@ -36,11 +38,12 @@ def _without_autocast(device_type: str) -> Iterator[None]:
 
 def _forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
-    x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, out_dtype: torch.dtype, keeps: bool, backend: str,
+    x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
+    out_dtype: torch.dtype, keeps: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _without_autocast(x.device.type):
         y, norm, kept = _plan(backend).forward(
-            x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, out_dtype, keeps
+            x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype, keeps
         )
     # an operator may not return one of its inputs, nor the same memory twice
     y = y.view(*x.shape[:-1], weight.shape[0])
@@ -49,10 +52,11 @@ def _forward(
 
 def _forward_fake(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
-    x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, out_dtype: torch.dtype, keeps: bool, backend: str,
+    x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
+    out_dtype: torch.dtype, keeps: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
-    kept_dtype = _plan(backend).kept_dtype(weight, x_dropped is not None, precise, out_dtype, keeps)
+    kept_dtype = _plan(backend).kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps)
     kept = x.new_empty(0) if kept_dtype is None else y.new_empty(y.reshape(-1, weight.shape[0]).shape, dtype=kept_dtype)
     norm = x.new_empty(0) if norm_given is not None else weight.new_empty(weight.shape[0], dtype=reference.norm_dtype(weight))
     return y, norm, kept
@@ -60,7 +64,8 @@ def _forward_fake(
 
 _dora_linear = library.define(
     "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? norm_given, Tensor? bias, "
-    "Tensor? x_dropped, float scaling, bool detach_norm, bool precise, ScalarType out_dtype, bool keeps, str backend)"
+    "Tensor? x_dropped, float scaling, bool detach_norm, bool precise, ScalarType product_dtype, "
+    "ScalarType out_dtype, bool keeps, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -70,17 +75,17 @@ _dora_linear = library.define(
 def _backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
     bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
-    needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, backend: str,
+    needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     out_features = weight.shape[0]
     with _without_autocast(x.device.type):
         grads = _plan(backend).backward(
             grad_output.reshape(-1, out_features), x, weight, lora_A, lora_B, magnitude, norm, bias,
             None if kept is None else kept.reshape(-1, out_features), scaling, dropped, needs_x, needs_dropped, needs_direction,
-            needs_magnitude, differentiate_norm,
+            needs_magnitude, differentiate_norm, product_dtype,
         )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
-    return tuple(
+    return tuple(  # type: ignore[return-value]
         x.new_empty(0) if grad is None else grad.to(target.dtype).view(target.shape)
         for grad, target in zip(grads, like, strict=True)
     )
@@ -89,10 +94,10 @@ def _backward(
 def _backward_fake(
     grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
     bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
-    needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, backend: str,
+    needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     needed = (needs_x, needs_dropped, needs_direction, needs_direction, needs_magnitude)
-    return tuple(
+    return tuple(  # type: ignore[return-value]
         target.new_empty(target.shape) if need else x.new_empty(0)
         for need, target in zip(needed, (x, x, lora_A, lora_B, magnitude), strict=True)
     )
@@ -101,39 +106,78 @@ def _backward_fake(
 _dora_linear_backward = library.define(
     "dora_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
     "Tensor norm, Tensor? bias, Tensor? kept, float scaling, bool dropped, bool needs_x, bool needs_dropped, "
-    "bool needs_direction, bool needs_magnitude, bool differentiate_norm, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool needs_direction, bool needs_magnitude, bool differentiate_norm, ScalarType product_dtype, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 library.refuse_second_derivative("dora_linear_backward")
 
 
+class _Keep(torch.autograd.Function):
+    """Saves a tensor in a node of its own, so that a failed look at it leaves the others readable."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, kept: Tensor) -> Tensor:
+        """Save `kept`; the result only carries the node."""
+        ctx.save_for_backward(kept)
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        """Nothing flows back."""
+        return None, None
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, _, _, _, backend = inputs
-    y, norm, kept = output
+    x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, *others = inputs
+    y, norm, beyond = output
+    kept: Tensor | None = None
+    _, product_dtype, _, _, backend = others
     needs = ctx.needs_input_grad
     ctx.direction, ctx.magnitude = needs[2] or needs[3], needs[4]
     ctx.differentiate_norm = not detach_norm and norm_given is None
-    ctx.scaling, ctx.backend, ctx.dropped = scaling, backend, x_dropped is not None
-    if not (ctx.magnitude or (ctx.direction and ctx.differentiate_norm)):
-        kept = None
-    elif kept.numel() == 0:
-        kept = y
+    ctx.scaling, ctx.backend, ctx.dropped, ctx.product_dtype = scaling, backend, x_dropped is not None, product_dtype
     norm = norm if norm_given is None else norm_given
-    ctx.save_for_backward(x if x_dropped is None else x_dropped, weight, lora_A, lora_B, magnitude, norm, bias, kept)
+    saved = [x if x_dropped is None else x_dropped, weight, lora_A, lora_B, magnitude, norm, bias]
+    ctx.keeper = None
+    if not (ctx.magnitude or (ctx.direction and ctx.differentiate_norm)):
+        pass
+    elif beyond.numel() > 0:
+        kept = beyond
+    elif torch.compiler.is_compiling():
+        kept = y
+    else:
+        # the caller may overwrite y (an activation in place): then the backward computes it again
+        with torch.enable_grad():
+            ctx.keeper = _Keep.apply(torch.empty(0, requires_grad=True), y.detach()).grad_fn
+    ctx.save_for_backward(*saved, kept)
+
+
+def _kept_output(ctx: Any) -> Tensor | None:
+    """y where it was kept and is still what the forward returned."""
+    keeper, ctx.keeper = ctx.keeper, None  # freed with the pass; a second backward through a retained graph computes y again
+    if keeper is None:
+        return None
+    try:
+        return keeper.saved_tensors[0]
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        return None
 
 
 def _autograd_backward(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, lora_A, lora_B, magnitude, norm, bias, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = _dora_linear_backward(
-        grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, ctx.scaling, ctx.dropped, needs[0], needs[7],
-        ctx.direction, ctx.magnitude, ctx.differentiate_norm, ctx.backend,
+        grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, _kept_output(ctx) if kept is None else kept,
+        ctx.scaling, ctx.dropped, needs[0], needs[7], ctx.direction, ctx.magnitude, ctx.differentiate_norm, ctx.product_dtype,
+        ctx.backend,
     )  # fmt: skip
     return (
         grad_x if needs[0] else None, None, grad_A if needs[2] else None, grad_B if needs[3] else None,
-        grad_magnitude if needs[4] else None, None, None, grad_dropped if needs[7] else None,
-        None, None, None, None, None, None,
+        grad_magnitude if needs[4] else None, None, None, grad_dropped if needs[7] else None, *(None,) * 7,
     )  # fmt: skip
 
 
@@ -161,6 +205,6 @@ def dora_linear(
         magnitude.requires_grad or (not detach_norm and (lora_A.requires_grad or lora_B.requires_grad))
     )
     return _dora_linear(
-        x, weight, lora_A, lora_B, magnitude, norm, bias, x_dropped, scaling, detach_norm, precise, reference.output_dtype(x),
-        trains, backend,
+        x, weight, lora_A, lora_B, magnitude, norm, bias, x_dropped, scaling, detach_norm, precise,
+        reference.matmul_dtype(x, weight, precise), reference.output_dtype(x), trains, backend,
     )[0]  # fmt: skip

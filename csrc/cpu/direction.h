@@ -50,14 +50,13 @@ BIDORA_INLINE void row_gradient(const DirectionArgs<T>& a, int64_t row, T* grad,
       alpha = a.magnitude ? 1 : 0;
       if (a.grad_magnitude) a.grad_magnitude[row] = T(0);
     } else {
-      const double along = row_dot(g, v, a.in_features) / n;
+      const double along = row_dot(g, v, a.in_features);
       alpha = (a.magnitude ? double(a.magnitude[row]) : 1.0) / n;
-      beta = -alpha * along / n;
-      if (a.grad_magnitude) a.grad_magnitude[row] = T(along);
+      beta = -alpha * along / row_dot(v, v, a.in_features);
+      if (a.grad_magnitude) a.grad_magnitude[row] = T(along / n);
     }
     if (a.grad_norm && !fixed) beta += double(a.grad_norm[row]) / n;
-    const T first = T(alpha), second = T(beta);
-    for (int64_t k = 0; k < a.in_features; ++k) v[k] = first * g[k] + second * v[k];
+    for (int64_t k = 0; k < a.in_features; ++k) v[k] = T(alpha * g[k] + beta * v[k]);  // the terms may cancel: in double
     return;
   }
   const T factor = fixed ? T(0) : T(double(a.grad_norm[row]) / n);

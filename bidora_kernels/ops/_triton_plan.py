@@ -1,0 +1,107 @@
+"""How the triton backend runs a layer: library products with the frozen weight, one kernel for everything around them.
+
+Activation plan: base = x W^T and hidden = x lora_A^T by the library, then `compose`; backward, `compose_backward` and one product
+per gradient. The products run in the input's (or autocast's) dtype, the rest in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kept_dtype(
+    weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool
+) -> torch.dtype | None:
+    """The dtype of the base output, which the magnitude's gradient needs; y / magnitude would be lost near magnitude 0."""
+    return product_dtype if keeps else None
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    x_dropped: Tensor | None,
+    scaling: float,
+    precise: bool,
+    product_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    keeps: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y [tokens, out] in `out_dtype`, norm, the base output of the low-rank branch's input where it is kept)."""
+    from ..kernels.compose import launch_compose
+    from ..kernels.weight_norm import launch_row_scale, launch_weight_norm_and_scale
+
+    if norm is None:
+        norm, scale = launch_weight_norm_and_scale(weight, lora_A, lora_B, magnitude, scaling)
+    else:
+        norm = norm.float()
+        scale = launch_row_scale(magnitude, norm)
+    frozen = weight.to(product_dtype)
+    base = torch.mm(_flat(x, product_dtype), frozen.t())
+    inputs = _flat(x if x_dropped is None else x_dropped, product_dtype)
+    base_dropped = None if x_dropped is None else torch.mm(inputs, frozen.t())
+    hidden = torch.mm(inputs, lora_A.to(product_dtype).t())
+    in_place = base if (not keeps or x_dropped is not None) and base.dtype == out_dtype else None
+    y = launch_compose(base, hidden, lora_B, scale, scaling, bias, base_dropped, output=in_place, dtype=out_dtype)
+    kept = base if x_dropped is None else base_dropped
+    return y, norm, kept if keeps else None
+
+
+def backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    scaling: float,
+    dropped: bool,
+    needs_x: bool,
+    needs_dropped: bool,
+    needs_direction: bool,
+    needs_magnitude: bool,
+    differentiate_norm: bool,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed."""
+    from ..kernels.compose_backward import launch_compose_backward
+    from ..kernels.weight_norm import launch_row_scale
+    from ..kernels.weight_norm_backward import launch_weight_norm_backward
+    from ..kernels.weight_norm_factors import launch_weight_norm_factors
+
+    norm = norm.float()
+    scale = launch_row_scale(magnitude, norm)
+    inputs, frozen, down = _flat(x, product_dtype), weight.to(product_dtype), lora_A.to(product_dtype)
+    through_norm = needs_direction and differentiate_norm
+    needs_inner = needs_dropped if dropped else needs_x
+    grads = launch_compose_backward(
+        grad_output, torch.mm(inputs, down.t()), lora_B, scale, norm, scaling, base=kept, dropped=dropped,
+        needs_base=needs_inner, needs_hidden=needs_inner or needs_direction, needs_lora_B=needs_direction,
+        needs_magnitude=needs_magnitude or through_norm, base_dtype=product_dtype, hidden_dtype=product_dtype,
+    )  # fmt: skip
+    grad_inner = grad_A = None
+    if grads.base is not None and grads.hidden is not None:
+        grad_inner = torch.addmm(torch.mm(grads.base, frozen), grads.hidden, down)
+    grad_x = grad_inner
+    if dropped:
+        grad_x = torch.mm(grad_output.to(product_dtype), frozen) if needs_x else None
+    grad_B, grad_magnitude = grads.lora_B, grads.magnitude
+    if needs_direction and grads.hidden is not None:
+        grad_A = torch.mm(grads.hidden.t(), inputs).float()
+    if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
+        _, _, projection = launch_weight_norm_factors(weight, lora_A, lora_B, scaling)
+        norm_A, norm_B = launch_weight_norm_backward(-scale * grad_magnitude, norm, projection, weight, lora_A, lora_B, scaling)
+        grad_A, grad_B = grad_A + norm_A, grad_B + norm_B
+    return grad_x, grad_inner if dropped else None, grad_A, grad_B, grad_magnitude if needs_magnitude else None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: the command line prints it as one line and exits with code 2."""
@@ -13,3 +17,15 @@ def require(module: str, extra: str = "train") -> None:
 
     if importlib.util.find_spec(module) is None:
         raise UserError(f'the package {module} is not installed: pip install "bidora-kernels[{extra}]"')
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Silence the hub client's reports of its retries inside the block; what it raises in the end says enough."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

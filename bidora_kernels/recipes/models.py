@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import DoraConfig, apply_dora, load_adapter, merge_and_unload, save_adapter
 from ..modules import FusedDoraLinear
-from . import UserError, require
+from . import UserError, quiet_hub, require
 from .presets import MINILM
 from .runs import RunFolder, write_atomically
 from .settings import TrainSettings
@@ -91,7 +91,7 @@ def load_base(name: str, label_names: Sequence[str], max_length: int) -> tuple[n
     head = (
         {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}} if labels else {}
     )
-    with quiet_transformers():
+    with quiet_transformers(), quiet_hub():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(

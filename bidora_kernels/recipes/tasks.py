@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import UserError, require
+from . import UserError, quiet_hub, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,8 @@ def _hub_dataset(name: str, config: str | None) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config)
+        with quiet_hub():
+            return datasets.load_dataset(name, config)
     except Exception as error:  # offline, no such name, no such configuration: the libraries below raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -164,6 +164,7 @@ class Training:
         self.progress.begin([(p.name, p.steps, self._done(number)) for number, p in enumerate(self.phases)])
         left = sum(phase.cost * (phase.steps - self._done(number)) for number, phase in enumerate(self.phases))
         estimate = Estimate()
+        upper: tuple[float | None, float | None] = (None, None)
         with StopSignals() as signals:
             if not self.run.checkpoint.exists():
                 self._save(metrics)
@@ -177,9 +178,9 @@ class Training:
                 record = self._take_step(metrics)
                 left -= self.phase.cost
                 eta = estimate.after(self.phase.cost, left)
-                self.progress.step(
-                    self.phase.name, self.step, record.train_loss, record.validation_loss, record.hypergradient_norm, eta
-                )
+                if record.validation_loss is not None or not self.phase.validation:
+                    upper = record.validation_loss, record.hypergradient_norm  # shown until the next upper step
+                self.progress.step(self.phase.name, self.step, record.train_loss, *upper, eta)
                 due = self.step == self.phase.steps or self.step % self.settings.checkpoint_every == 0
                 if due or self.evaluation_due or signals.received is not None:
                     self._save(metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +118,10 @@ class BilevelUpdate:
 
     def step(self, loss_fn: LossFunction, train_batch: Any, validation_batch: Any = None) -> StepRecord:
         """Take one step; where `loss_fn` raises nothing has changed."""
+        # without a GradScaler every step has a train loss
         stats = self._optimizer.step(loss_fn, train_batch, validation_batch)
         return StepRecord(
-            float(stats.train_loss), _number(stats.validation_loss), _number(stats.hypergradient_norm), stats.passes
+            cast(float, stats.train_loss), _number(stats.validation_loss), _number(stats.hypergradient_norm), stats.passes
         )
 
     def state_dict(self) -> dict[str, Any]:

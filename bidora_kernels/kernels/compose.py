@@ -78,7 +78,8 @@ def launch_compose(
     """
     tokens, out_features = base.shape
     r = hidden.shape[1]
-    base, hidden, lora_B = rows(base), rows(hidden), rows(lora_B)
+    base, hidden, lora_B, scale = rows(base), rows(hidden), rows(lora_B), scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
     base_dropped = None if base_dropped is None else rows(base_dropped)
     if output is None:
         output = torch.empty(tokens, out_features, dtype=dtype or base.dtype, device=base.device)

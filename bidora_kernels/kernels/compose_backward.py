@@ -154,6 +154,9 @@ def launch_compose_backward(
     tokens, out_features = grad_output.shape
     r, device = hidden.shape[1], grad_output.device
     grad_output, hidden, lora_B = rows(grad_output), rows(hidden), rows(lora_B)
+    scale, norm = scale.contiguous(), norm.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    magnitude = None if magnitude is None else magnitude.contiguous()
     saved = output if output is not None else base
     if needs_magnitude and saved is None:
         raise ValueError("grad_magnitude needs base or output")

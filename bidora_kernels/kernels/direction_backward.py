@@ -107,6 +107,7 @@ def launch_down_gradient(
     out_features, in_features = weight.shape
     lora_A, lora_B, factor = rows(lora_A), rows(lora_B), factor.contiguous()
     grad = None if grad is None else rows(grad)
+    alpha = None if alpha is None else alpha.contiguous()
     r = lora_A.shape[0]
     chosen = tile("down_gradient", r, weight, lora_A, grad)
     columns, steps = cdiv(in_features, chosen["BLOCK_IN"]), cdiv(out_features, chosen["BLOCK_OUT"])

@@ -102,6 +102,8 @@ def launch_merged_weight(
     out_features, in_features = weight.shape
     r = lora_A.shape[0]
     lora_A, lora_B = rows(lora_A), rows(lora_B)
+    magnitude = None if magnitude is None else magnitude.contiguous()
+    norm = None if norm is None else norm.contiguous()
     if norm is None:
         norm = launch_weight_norm(weight, lora_A, lora_B, scaling)
     if output is None:

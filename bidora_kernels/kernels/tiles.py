@@ -1,6 +1,6 @@
 """Tiles as data: per architecture and kernel, the tile for ranks up to a bound.
 
-A row is chosen by architecture ("default" where it has no table of its own), kernel, the widest operand in bytes, and the first
+A tile is chosen by architecture ("default" where it has no table of its own), kernel, the widest operand in bytes, and the first
 rank bound that holds r (ranks above the last bound use the last row, whose kernels loop over BLOCK_R). The default rows were
 chosen from compiled sm_80, sm_90 and sm_100 code (registers, spills, shared memory), not measured; a measured row for a GPU goes
 under its architecture.
@@ -22,51 +22,43 @@ class Tile(TypedDict, total=False):
     num_stages: int
 
 
-_WEIGHT_16 = Tile(BLOCK_OUT=64, BLOCK_IN=64, BLOCK_R=16, num_warps=4, num_stages=3)
-_WEIGHT_64 = Tile(BLOCK_OUT=64, BLOCK_IN=64, BLOCK_R=64, num_warps=4, num_stages=3)
-_WEIGHT_LOOPED = Tile(BLOCK_OUT=64, BLOCK_IN=64, BLOCK_R=64, num_warps=4, num_stages=3)
+def _weight(out: int, columns: int, ranks: int, warps: int = 4, stages: int = 3) -> Tile:
+    return Tile(BLOCK_OUT=out, BLOCK_IN=columns, BLOCK_R=ranks, num_warps=warps, num_stages=stages)
 
+
+def _tokens(tokens: int, out: int, ranks: int, warps: int = 4, stages: int = 3) -> Tile:
+    return Tile(BLOCK_T=tokens, BLOCK_OUT=out, BLOCK_R=ranks, num_warps=warps, num_stages=stages)
+
+
+_PASS_OVER_WEIGHT = {
+    2: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64), 512: _weight(64, 64, 64)},
+    4: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64), 512: _weight(32, 64, 64)},
+}
+_TWO_PRODUCTS = {
+    2: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64, stages=2), 512: _weight(32, 64, 64, stages=2)},
+    4: {16: _weight(64, 64, 16, stages=2), 64: _weight(32, 64, 32, stages=2)},
+}
+
+# architecture -> kernel -> bytes of the widest operand (2 or 4) -> largest rank -> tile
 TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
     "default": {
-        "weight_norm": {
-            2: {16: _WEIGHT_16, 64: _WEIGHT_64},
-            4: {16: _WEIGHT_16, 64: _WEIGHT_64},
+        "weight_norm": _PASS_OVER_WEIGHT,
+        "weight_norms": {
+            2: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64), 512: _weight(32, 64, 64, stages=2)},
+            4: {16: _weight(64, 64, 16, stages=2), 64: _weight(32, 64, 64, stages=2)},
         },
-        "weight_norms": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
-        "weight_norm_factors": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
-        "weight_norm_factors_tail": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
-        "down_gradient": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
-        "row_projection": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
-        "merged_weight": {2: {16: _WEIGHT_16, 64: _WEIGHT_64}, 4: {16: _WEIGHT_16, 64: _WEIGHT_64}},
+        "merged_weight": _PASS_OVER_WEIGHT,
+        "weight_norm_factors": _PASS_OVER_WEIGHT,
+        "weight_norm_factors_tail": _TWO_PRODUCTS,
+        "down_gradient": _TWO_PRODUCTS,
+        "row_projection": _TWO_PRODUCTS,
         "compose": {
-            2: {
-                16: Tile(BLOCK_T=64, BLOCK_OUT=64, BLOCK_R=16, num_warps=4, num_stages=1),
-                64: Tile(BLOCK_T=64, BLOCK_OUT=64, BLOCK_R=64, num_warps=4, num_stages=1),
-            },
-            4: {
-                16: Tile(BLOCK_T=64, BLOCK_OUT=64, BLOCK_R=16, num_warps=4, num_stages=1),
-                64: Tile(BLOCK_T=64, BLOCK_OUT=64, BLOCK_R=64, num_warps=4, num_stages=1),
-            },
+            2: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
+            4: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
         },
         "compose_backward": {
-            2: {
-                16: Tile(BLOCK_T=64, BLOCK_OUT=64, BLOCK_R=16, num_warps=4, num_stages=3),
-                64: Tile(BLOCK_T=64, BLOCK_OUT=64, BLOCK_R=64, num_warps=4, num_stages=3),
-            },
-            4: {
-                16: Tile(BLOCK_T=64, BLOCK_OUT=64, BLOCK_R=16, num_warps=4, num_stages=2),
-                64: Tile(BLOCK_T=64, BLOCK_OUT=64, BLOCK_R=64, num_warps=4, num_stages=2),
-            },
-        },
-        "orthogonality": {
-            2: {
-                16: Tile(BLOCK_OUT=64, BLOCK_IN=64, BLOCK_R=16, num_warps=4, num_stages=2),
-                64: Tile(BLOCK_OUT=64, BLOCK_IN=64, BLOCK_R=64, num_warps=4, num_stages=2),
-            },
-            4: {
-                16: Tile(BLOCK_OUT=64, BLOCK_IN=64, BLOCK_R=16, num_warps=4, num_stages=2),
-                64: Tile(BLOCK_OUT=64, BLOCK_IN=64, BLOCK_R=64, num_warps=4, num_stages=2),
-            },
+            2: {16: _tokens(64, 64, 16), 64: _tokens(64, 64, 64)},
+            4: {16: _tokens(64, 32, 16, stages=2), 64: _tokens(64, 32, 32, stages=2)},
         },
     }
 }

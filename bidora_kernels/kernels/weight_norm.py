@@ -80,6 +80,7 @@ def _row_scale_kernel(
 
 def launch_row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """Return c = magnitude / norm (1 where norm < NORM_FLOOR), fp32 [out]."""
+    magnitude, norm = magnitude.contiguous(), norm.contiguous()
     scale = torch.empty_like(norm)
     _finish(norm, norm, scale, 0, magnitude)
     return scale
@@ -106,7 +107,7 @@ def launch_weight_norm_and_scale(
     """Return (norm, c = magnitude / norm), fp32 [out] each."""
     sums = _sums(weight, rows(lora_A)[None], rows(lora_B)[None], scaling)
     norm, scale = torch.empty_like(sums[0, 0]), torch.empty_like(sums[0, 0])
-    _finish(sums, norm, scale, sums.shape[0], magnitude)
+    _finish(sums, norm, scale, sums.shape[0], magnitude.contiguous())
     return norm, scale
 
 

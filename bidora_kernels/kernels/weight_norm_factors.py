@@ -114,16 +114,17 @@ def launch_weight_norm_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, s
     double = lora_A.double()  # a library product in fp32 may be allowed to run in tf32
     gram = (double @ double.t()).float()
     chosen = tile("weight_norm_factors", r, weight, lora_A)
-    blocks, chunks = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(r, chosen["BLOCK_R"])
+    grid = (cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(r, chosen["BLOCK_R"]))
     run(
-        "weight_projection", _weight_projection_kernel, (blocks, chunks), weight,
+        "weight_projection", _weight_projection_kernel, grid, weight,
         weight, lora_A, weight_sq, weight_projection, out_features, in_features, r, *weight.stride(), lora_A.stride(0),
         PRECISION=precision(weight, lora_A), **chosen,
     )  # fmt: skip
+    tail = tile("weight_norm_factors_tail", r, weight, gram)
     run(
-        "weight_norm_factors", _weight_norm_factors_kernel, (blocks,), weight,
+        "weight_norm_factors", _weight_norm_factors_kernel, (cdiv(out_features, tail["BLOCK_OUT"]),), weight,
         weight, lora_A, lora_B, gram, weight_sq, weight_projection, norm, projection,
         out_features, in_features, r, float(scaling), *weight.stride(), lora_A.stride(0), lora_B.stride(0),
-        RANK_CHUNKS=chunks, PRECISION=precision(gram), **tile("weight_norm_factors_tail", r, weight, gram),
+        RANK_CHUNKS=cdiv(r, tail["BLOCK_R"]), PRECISION=precision(gram), **tail,
     )  # fmt: skip
     return norm, weight_projection, projection

@@ -81,6 +81,8 @@ def test_strided_inputs() -> None:
     joined = torch.cat([case.base, case.hidden], dim=1)
     views = case.replace(base=joined[:, :104], hidden=joined[:, 104:], lora_B=case.lora_B.t().contiguous().t())
     assert torch.equal(launch(views), expected)
+    every_second = torch.stack([case.bias, case.bias], dim=1)[:, 0]
+    assert torch.equal(launch(case.replace(bias=every_second)), expected)
 
 
 def test_no_tokens() -> None:

@@ -2,11 +2,12 @@
 
 from .estimators import CentralDifference, DoubleBackward, FirstOrder, ForwardDifference, ForwardMode
 from .implicit import ConjugateGradient, Neumann
-from .optimizer import BilevelOptimizer, StepStats
+from .optimizer import BilevelOptimizer
 from .passes import MicroBatches
 from .penalty import OrthogonalPenalty
 from .presets import BilevelPreset, preset
 from .sama import Sama
+from .stats import StepStats
 
 __all__ = [
     "BilevelOptimizer",

@@ -18,7 +18,8 @@ from .flat import Vector
 if TYPE_CHECKING:
     from .train_loss import TrainLoss
 
-RELATIVE_RADIUS_CEILING = 0.01  # of the directions' length; beyond it the differences' truncation dominates
+RELATIVE_RADIUS_CEILING = 0.005  # of the directions' length; beyond it truncation dominates late in training, 16-bit or not
+CENTRAL_FACTOR = 0.2  # eps^(1/3) itself left an error of 6e-2 after 400 steps of MiniLM with every linear adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,11 +156,20 @@ class ForwardMode(Estimator):
 def relative_radius(dtype: torch.dtype, central: bool) -> float:
     """The perturbation's length as a fraction of the directions', for passes computed in `dtype`.
 
-    Rounding costs about eps / radius and truncation radius^2 (central) or radius (one-sided); their sum is least at eps^(1/3) and
-    eps^(1/2).
+    Rounding costs about eps / radius and truncation radius^2 (central) or radius (one-sided); their sum is least at a
+    multiple of eps^(1/3) and of eps^(1/2); the multiples were measured.
     """
     eps = torch.finfo(dtype).eps
-    return min(RELATIVE_RADIUS_CEILING, eps ** (1 / 3) if central else eps ** (1 / 2))
+    return min(RELATIVE_RADIUS_CEILING, CENTRAL_FACTOR * eps ** (1 / 3) if central else eps ** (1 / 2))
+
+
+def noise_floor(dtype: torch.dtype) -> float:
+    """The change of a gradient, over its length, below which a difference is rounding.
+
+    Measured with perturbations too short to see: up to 17 eps in fp32, 0.4 eps under bf16 autocast, whose sums are in fp32.
+    """
+    eps = torch.finfo(dtype).eps
+    return eps if eps > 1e-4 else 20.0 * eps
 
 
 def _check_at(at: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,48 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .estimators import Estimator, FirstOrder
-from .flat import FlatParameters, Vector, add, dot, is_finite, norm, scaled
+from .flat import FlatParameters, Vector, add, is_finite, norm, scaled
 from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
 from .sama import Sama, check_lower_optimizer, step_derivative
 from .snapshot import Grads, OptimizerState, RandomState, SchedulerState
+from .stats import Advice, Hypergradient, StepStats, step_stats
 from .train_loss import TrainLoss
-
-
-@dataclasses.dataclass(frozen=True)
-class StepStats:
-    """What a step did. All but the train loss, the passes, their seconds and `skipped` are None where it had no upper part.
-
-    train_loss, validation_loss: mean losses, the penalty left out; None where the step was skipped before them.
-    direct_norm, second_order_norm, cosine: the two terms of the hypergradient before `max_ratio` and clipping, and the cosine
-    between them; `second_order_norm` is 0, and `cosine` None, where the term was left out.
-    hypergradient_norm: the length of the hypergradient after `max_ratio`, before clipping.
-    ratio_capped: whether `max_ratio` cut the second-order term. radius: the length of the perturbation of a difference.
-    passes: forward and backward passes; pass_seconds: their seconds by kind.
-    skipped: why nothing was updated (under a GradScaler), or None.
-    """
-
-    train_loss: float | None
-    validation_loss: float | None = None
-    direct_norm: float | None = None
-    second_order_norm: float | None = None
-    cosine: float | None = None
-    hypergradient_norm: float | None = None
-    ratio_capped: bool | None = None
-    radius: float | None = None
-    passes: int = 0
-    pass_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    skipped: str | None = None
-
-
-@dataclasses.dataclass
-class _Hypergradient:
-    """The two terms, and what was seen on the way."""
-
-    train_loss: Tensor | None = None
-    validation_loss: Tensor | None = None
-    direct: Vector | None = None
-    second_order: Vector | None = None
-    radius: float | None = None
 
 
 class BilevelOptimizer:
@@ -110,6 +73,7 @@ class BilevelOptimizer:
         self.grad_scaler, self.compute_dtype, self.difference_batch = grad_scaler, compute_dtype, difference_batch
         self.process_group = process_group
         self._steps = 0
+        self._advice = Advice()
         self._check()
         self._direction = FlatParameters(_parameters(lower))
         self._magnitude = FlatParameters(_parameters(upper))
@@ -156,7 +120,7 @@ class BilevelOptimizer:
         self._refresh()
         undo = _Undo(self)
         watch = Stopwatch(self._direction.buffers[0].device)
-        result = _Hypergradient()
+        result = Hypergradient()
         try:
             try:
                 self._compute(result, watch, undo, loss_fn, train_batch, val_batch if with_upper else None, keep=True)
@@ -165,11 +129,12 @@ class BilevelOptimizer:
                 undo.restore(random_state=False)
                 self._tell_scaler(finite=False)
                 _clear_grads(self)
-                return _stats(result, watch, skipped=str(error))
+                return step_stats(result, watch, skipped=str(error))
         except BaseException:
             undo.restore()
             raise
         self._steps += 1
+        self._advice.after(stats, result.signal, self.estimator)
         return stats
 
     def hypergradient(self, loss_fn: LossFunction, train_batch: Any, val_batch: Any, *, terms: bool = False) -> Any:
@@ -181,7 +146,7 @@ class BilevelOptimizer:
         """
         self._refresh()
         undo = _Undo(self)
-        result = _Hypergradient()
+        result = Hypergradient()
         try:
             watch = Stopwatch(self._direction.buffers[0].device)
             self._compute(result, watch, undo, loss_fn, train_batch, val_batch, keep=False)
@@ -200,7 +165,7 @@ class BilevelOptimizer:
 
     def _compute(
         self,
-        result: _Hypergradient,
+        result: Hypergradient,
         watch: Stopwatch,
         undo: _Undo,
         loss_fn: LossFunction,
@@ -252,7 +217,7 @@ class BilevelOptimizer:
             finally:
                 flat.set(after)
                 undo.reached.restore()
-            result.radius = loss.radius
+            result.radius, result.signal = loss.radius, loss.signal
         if keep and not stepped:
             flat.set(before)
             self._lower_step(grads)
@@ -295,7 +260,7 @@ class BilevelOptimizer:
             return self.compute_dtype
         return max(seen | {buffer.dtype for buffer in self._direction.buffers}, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def _terms(self, result: _Hypergradient) -> tuple[Vector, Vector]:
+    def _terms(self, result: Hypergradient) -> tuple[Vector, Vector]:
         direct = self._magnitude.zeros() if result.direct is None else result.direct
         return direct, self._magnitude.zeros() if result.second_order is None else result.second_order
 
@@ -307,13 +272,13 @@ class BilevelOptimizer:
             return add(direct, second_order, limit / length), True
         return add(direct, second_order), False
 
-    def _finish(self, result: _Hypergradient, watch: Stopwatch) -> StepStats:
+    def _finish(self, result: Hypergradient, watch: Stopwatch) -> StepStats:
         """The upper update, the schedulers and the scaler."""
         capped = None
         if result.direct is not None:
             direct, second_order = self._terms(result)
             hypergradient, capped = self._capped(direct, second_order)
-            stats = _stats(result, watch, hypergradient, capped)
+            stats = step_stats(result, watch, hypergradient, capped)
             if self.grad_scaler is not None and not is_finite(hypergradient):
                 raise NonFinitePass("the hypergradient is not finite")
             for parameter, view in zip(self._magnitude.parameters, self._magnitude.views(hypergradient), strict=True):
@@ -324,7 +289,7 @@ class BilevelOptimizer:
             for parameter in self._magnitude.parameters:
                 parameter.grad = None
         else:
-            stats = _stats(result, watch)
+            stats = step_stats(result, watch)
         self._tell_scaler(finite=True)
         if self.lower_scheduler is not None:
             self.lower_scheduler.step()
@@ -402,32 +367,3 @@ def _clear_grads(owner: BilevelOptimizer) -> None:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _stats(
-    result: _Hypergradient,
-    watch: Stopwatch,
-    hypergradient: Vector | None = None,
-    capped: bool | None = None,
-    skipped: str | None = None,
-) -> StepStats:
-    cosine = direct_norm = second_norm = None
-    if hypergradient is not None and result.direct is not None:
-        direct_norm, second_norm = float(norm(result.direct)), 0.0
-        if result.second_order is not None:
-            second_norm = float(norm(result.second_order))
-            lengths = direct_norm * second_norm
-            cosine = float(dot(result.direct, result.second_order)) / lengths if lengths > 0 else None
-    return StepStats(
-        train_loss=None if result.train_loss is None else float(result.train_loss),
-        validation_loss=None if result.validation_loss is None else float(result.validation_loss),
-        direct_norm=direct_norm,
-        second_order_norm=second_norm,
-        cosine=cosine,
-        hypergradient_norm=None if hypergradient is None else float(norm(hypergradient)),
-        ratio_capped=capped,
-        radius=result.radius,
-        passes=watch.passes,
-        pass_seconds=watch.seconds(),
-        skipped=skipped,
-    )

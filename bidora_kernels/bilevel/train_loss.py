@@ -13,8 +13,8 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops._context import pass_mode
-from .estimators import relative_radius
-from .flat import Vector, norm
+from .estimators import noise_floor, relative_radius
+from .flat import Vector, add, norm, scaled
 from .passes import LossFunction, Passes, checked_loss, parts_of
 from .snapshot import RandomState
 
@@ -44,6 +44,7 @@ class TrainLoss:
         self._random_state, self.before, self.after = random_state, before, after
         self._base, self._compute_dtype = base, compute_dtype
         self.radius: float | None = None
+        self.signal: float | None = None
 
     def step_size(self, vector: Vector, relative: float | None, central: bool) -> float:
         """The e of a difference along `vector`: the radius over the vector's length."""
@@ -67,8 +68,11 @@ class TrainLoss:
         return self._base
 
     def difference(self, plus: Vector, minus: Vector, width: float) -> Vector:
-        """(plus - minus) / width."""
-        return [(a - b) / width for a, b in zip(plus, minus, strict=True)]
+        """(plus - minus) / width; `signal` is the change of the gradient over its noise floor."""
+        change = [a - b for a, b in zip(plus, minus, strict=True)]
+        floor = noise_floor(self._compute_dtype) * norm(plus)
+        self.signal = float(norm(change) / floor.clamp(min=torch.finfo(torch.float64).tiny))
+        return scaled(change, 1.0 / width)
 
     def double_backward(self, vector: Vector, over: str = "magnitude") -> Vector:
         """The gradient of (grad_V L_train . vector) over the magnitudes, or over the directions: a Hessian-vector product.
@@ -128,7 +132,7 @@ class TrainLoss:
                 "hessian", self._loss_fn, self._batch, {"direction"}, self._penalty, differentiate_norm=True
             )
             sides.append(self._passes.lower.gather(result.direction))
-        return self.difference(sides[0], sides[1], 2.0 * step)
+        return scaled(add(sides[0], sides[1], -1.0), 0.5 / step)
 
     def _losses(self, with_penalty: bool) -> Iterator[Tensor]:
         """The weighted loss of each part of the batch, then the penalty."""

@@ -71,9 +71,12 @@ class FusedDoraLinear(nn.Module):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.detach_norm = use_rslora, detach_norm
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.weight = weight.requires_grad_(False)
-        self.register_parameter("bias", None if bias is None else bias.requires_grad_(False))
-        options = {"device": weight.device, "dtype": reference.norm_dtype(weight)}
+        for frozen in (weight, bias):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        options: dict[str, Any] = {"device": weight.device, "dtype": reference.norm_dtype(weight)}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
         self.magnitude = nn.Parameter(torch.empty(self.out_features, **options))
@@ -102,7 +105,7 @@ class FusedDoraLinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
-        layer = cls(linear.weight, linear.bias, r, lora_alpha, lora_dropout, use_rslora, detach_norm)
+        layer = cls(linear.weight, linear.bias, r, lora_alpha, lora_dropout, use_rslora, detach_norm)  # type: ignore[arg-type]
         return layer.train(linear.training)
 
     @staticmethod
@@ -283,7 +286,8 @@ class FusedDoraConv1D(FusedDoraLinear):
         if type(conv1d).__name__ != "Conv1D" or not isinstance(weight, nn.Parameter):
             raise TypeError(f"conv1d must be a transformers Conv1D, got {type(conv1d).__name__}")
         layer = cls(weight, getattr(conv1d, "bias", None), r, lora_alpha, lora_dropout, use_rslora, detach_norm)
-        return layer.train(conv1d.training)
+        layer.train(conv1d.training)
+        return layer
 
     @classmethod
     def from_linear(cls, *args: Any, **kwargs: Any) -> FusedDoraLinear:

@@ -10,6 +10,8 @@ so that the norm, the normalized direction and the Gram penalty share kernels (c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -135,7 +137,7 @@ def launch_row_projection(
     out_features, in_features = weight.shape
     lora_A, lora_B, grad = rows(lora_A), rows(lora_B), rows(grad)
     r = lora_A.shape[0]
-    options = {"dtype": torch.float32, "device": weight.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     grad_projection, projection = torch.empty(out_features, r, **options), torch.empty(out_features, r, **options)
     product = torch.empty(out_features, **options)
     if out_features:

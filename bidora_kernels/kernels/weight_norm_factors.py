@@ -8,6 +8,8 @@ is much smaller than weight: a row with n^2 < 0.01 * ||weight||^2 takes n^2 and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -106,7 +108,7 @@ def launch_weight_norm_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, s
     out_features, in_features = weight.shape
     lora_A, lora_B = rows(lora_A), rows(lora_B)
     r = lora_A.shape[0]
-    options = {"dtype": torch.float32, "device": weight.device}
+    options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     norm, weight_sq = torch.empty(out_features, **options), torch.empty(out_features, **options)
     weight_projection, projection = torch.empty(out_features, r, **options), torch.empty(out_features, r, **options)
     if out_features == 0:

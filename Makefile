@@ -7,7 +7,7 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-kernels test-main lint format clean
+.PHONY: install demo demo-seeds test test-kernels test-main lint format clean
 
 install: $(INSTALLED)
 
@@ -43,3 +43,15 @@ format: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+# the README's quality table: BiDoRA from the search and from the start, DoRA at equal steps (150) and equal passes (240)
+SEEDS ?= 0 1 2
+demo-seeds: $(INSTALLED)
+	for seed in $(SEEDS); do \
+	  for job in "bidora-search --method bidora --retrain-from search" "bidora-init --method bidora --retrain-from init" \
+	             "dora-150 --method dora --steps 90" "dora-240 --method dora --steps 180"; do \
+	    set -- $$job; name=$$1; shift; \
+	    $(BIN)/bidora train --preset demo "$$@" --seed $$seed --test-examples 1000 --output runs/seeds/$$name-$$seed --overwrite || exit 1; \
+	  done; \
+	done
+	$(BIN)/bidora compare runs/seeds/*

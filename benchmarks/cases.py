@@ -35,6 +35,7 @@ class Case:
     min_rounds: int = 7
     max_rounds: int = 20
     seconds: float = 8.0  # rounds end here once there are min_rounds
+    max_sets: int = 24  # of inputs and weights, rotated past the cache
 
     kind = "case"
 
@@ -94,6 +95,7 @@ class LayerCase(Case):
             r=min(self.r, 8),
             min_rounds=2,
             max_rounds=2,
+            max_sets=2,
             seconds=1.0,
             compiled=False,
         )
@@ -142,6 +144,7 @@ class OperationCase(Case):
             r=min(self.r, 8),
             min_rounds=2,
             max_rounds=2,
+            max_sets=2,
             seconds=1.0,
         )
 
@@ -226,7 +229,7 @@ def _llama(kind: type[StepCase], **more: object) -> StepCase:
 
 
 def _smoke() -> Iterator[Case]:
-    short = {"min_rounds": 3, "max_rounds": 3}
+    short = {"min_rounds": 3, "max_rounds": 3, "max_sets": 3}
     yield _layer("roberta-base", "attention", 128, 4, "fp32", **short)
     yield _layer("gpt2-medium", "attn.c_proj", 128, 16, "fp32", **short)
     yield _layer("roberta-base", "attention", 24, 4, "bf16", **short)

@@ -14,7 +14,7 @@ import bidora_kernels as bk
 
 from . import machine, oracle
 from .cases import DTYPES, OperationCase
-from .peers import BACKENDS, MAX_SETS, backend_context, need_backend, ours
+from .peers import BACKENDS, backend_context, need_backend, ours
 from .timing import Candidate
 
 SCALING = 2.0
@@ -63,13 +63,14 @@ class Operands:
         n, k, t, r = case.out_features, case.in_features, case.tokens, case.r
         touched = bytes_counted(case)
         self.sets: list[dict[str, Tensor]] = []
-        for _ in range(max(1, min(MAX_SETS, math.ceil(2 * machine.cache_bytes(device) / touched)))):
+        for _ in range(max(1, min(case.max_sets, math.ceil(2 * machine.cache_bytes(device) / touched)))):
             lora_B = normal(n, r, std=0.02 * math.sqrt(k / r) / SCALING)
             values = {"lora_B": lora_B, "magnitude": normal(n).abs_().add_(0.5)}
             if t:
                 values["base"], values["grad"] = normal(t, n).to(dtype), normal(t, n).to(dtype)
                 values["hidden"] = normal(t, r).to(dtype)
                 values["norm"] = normal(n).abs_().add_(0.5)
+                values["scale"] = values["magnitude"] / values["norm"]
                 values["scratch"] = torch.empty_like(values["base"])
             else:
                 values["weight"] = normal(n, k, std=0.02).to(dtype)
@@ -77,16 +78,16 @@ class Operands:
             self.sets.append(values)
 
 
-def _compose(base: Tensor, hidden: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+def _compose(base: Tensor, hidden: Tensor, lora_B: Tensor, scale: Tensor) -> Tensor:
     """y = c * (base + scaling * hidden lora_B^T), in the precision of its arguments."""
-    return (magnitude / norm) * (base + SCALING * hidden @ lora_B.to(hidden.dtype).T)
+    return scale * (base + SCALING * hidden @ lora_B.to(hidden.dtype).T)
 
 
 def _compose_backward(
-    base: Tensor, hidden: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor, grad: Tensor
+    base: Tensor, hidden: Tensor, lora_B: Tensor, scale: Tensor, norm: Tensor, grad: Tensor
 ) -> dict[str, Tensor]:
     """Gradients of `_compose` with respect to base, hidden, lora_B and magnitude."""
-    scaled = grad * (magnitude / norm)
+    scaled = grad * scale
     updated = base + SCALING * hidden @ lora_B.to(hidden.dtype).T
     return {
         "base": scaled,
@@ -102,9 +103,9 @@ def _plain(case: OperationCase) -> Callable[[dict[str, Tensor]], dict[str, Tenso
     def call(values: dict[str, Tensor]) -> dict[str, Tensor]:
         v = values
         if case.operation == "compose":
-            return {"y": _compose(v["base"], v["hidden"], v["lora_B"], v["magnitude"], v["norm"]).to(v["base"].dtype)}
+            return {"y": _compose(v["base"], v["hidden"], v["lora_B"], v["scale"]).to(v["base"].dtype)}
         if case.operation == "compose_backward":
-            return _compose_backward(v["base"], v["hidden"], v["lora_B"], v["magnitude"], v["norm"], v["grad"])
+            return _compose_backward(v["base"], v["hidden"], v["lora_B"], v["scale"], v["norm"], v["grad"])
         return _functional(bk.reference, case, values)
 
     return call
@@ -132,14 +133,14 @@ def _triton_launcher(case: OperationCase) -> Callable[[dict[str, Tensor]], dict[
     def compose(values: dict[str, Tensor]) -> dict[str, Tensor]:
         from bidora_kernels.kernels.compose import launch_compose
 
-        base, hidden, lora_B, magnitude, norm = (values[name] for name in ("base", "hidden", "lora_B", "magnitude", "norm"))
-        return {"y": launch_compose(base, hidden, lora_B, magnitude, norm, SCALING, output=values["scratch"])}
+        base, hidden, lora_B, scale = (values[name] for name in ("base", "hidden", "lora_B", "scale"))
+        return {"y": launch_compose(base, hidden, lora_B, scale, SCALING, output=values["scratch"])}
 
     def backward(values: dict[str, Tensor]) -> dict[str, Tensor]:
         from bidora_kernels.kernels.compose_backward import launch_compose_backward
 
         found = launch_compose_backward(
-            values["grad"], values["hidden"], values["lora_B"], values["magnitude"], values["norm"], SCALING, base=values["base"]
+            values["grad"], values["hidden"], values["lora_B"], values["scale"], values["norm"], SCALING, base=values["base"]
         )
         return {name: getattr(found, name) for name in ("base", "hidden", "lora_B", "magnitude")}
 

@@ -22,7 +22,6 @@ from . import machine, oracle
 from .cases import DTYPES, DecodeCase, LayerCase
 from .timing import Candidate
 
-MAX_SETS = 24
 BACKENDS = ("native", "triton", "reference")
 
 
@@ -84,7 +83,7 @@ class Material:
 
         n, k, t, r = case.out_features, case.in_features, case.tokens, case.r
         touched = (n * k + 2 * t * (n + k)) * self.dtype.itemsize
-        count = max(1, min(MAX_SETS, math.ceil(2 * machine.cache_bytes(device) / touched)))
+        count = max(1, min(case.max_sets, math.ceil(2 * machine.cache_bytes(device) / touched)))
         self.sets = []
         for _ in range(count):
             bias = nn.Parameter(normal(n).to(self.dtype), False) if case.bias else None

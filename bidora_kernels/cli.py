@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -264,9 +265,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     if not (checkout / "benchmarks" / "run.py").is_file():
         raise UserError("the benchmarks are not part of the package: clone the repository and install it with pip install -e .")
     sys.path.insert(0, str(checkout))
-    from benchmarks import run
-
-    return run.main(arguments)
+    code: int = importlib.import_module("benchmarks.run").main(arguments)
+    return code
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {

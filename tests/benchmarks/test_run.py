@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import charts, peers, report, results, run
+from benchmarks import charts, peers, report, results, run, timing
 from bidora_kernels import cli
 
 pytest.importorskip("peft")
@@ -36,19 +36,22 @@ def test_smoke_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "all 9 cases are measured" in capsys.readouterr().out
 
 
-def test_a_budget_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "r.json"
-    first = run.run("smoke", LAYER, 0.0, path, tiny=True, log=lambda text: None)
-    assert not first["cases"]
-    assert len(first["selected"]) > 1
-    second = run.run("smoke", LAYER, 1e-3, path, tiny=True, log=lambda text: None)
-    assert len(second["cases"]) < len(second["selected"])
-    done = run.run("smoke", LAYER, None, path, tiny=True, log=lambda text: None)
+def test_a_budget_stops_and_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, pattern = tmp_path / "r.json", "layer/*fp32"
+    nothing = run.run("smoke", pattern, 0.0, path, tiny=True, log=lambda text: None)
+    assert not nothing["cases"]
+    assert len(nothing["selected"]) == 2
+    with monkeypatch.context() as late:  # the budget is used up within the first round of a case
+        late.setattr(run, "measure", lambda *arguments: timing.measure(*arguments[:-1], float("-inf")))
+        first = run.run("smoke", pattern, None, path, tiny=True, log=lambda text: None)
+    assert [entry["pieces"] for entry in first["cases"].values()] == [[0], [0]]
+    done = run.run("smoke", pattern, None, path, tiny=True, log=lambda text: None)
+    assert [entry["pieces"] for entry in done["cases"].values()] == [[0, 1], [0, 1]]
     assert results.problems(done, complete=True) == []
-    assert len(done["pieces"]) == 3
-    assert done["cases"] == results.load(path)["cases"]
-    rounds = [entry["pieces"] for entry in done["cases"].values()]
-    assert any(pieces[0] == 1 and pieces[-1] == 2 for pieces in rounds), "rounds of two pieces in one case"
+    assert done == results.load(path)
+    for name, entry in done["cases"].items():
+        for provider, seconds in report.measured(entry).items():
+            assert seconds[:1] == first["cases"][name]["providers"][provider]["seconds"], "earlier rounds are kept"
 
 
 def test_results_of_another_machine_or_suite_are_left_alone(tmp_path: Path) -> None:

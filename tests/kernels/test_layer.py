@@ -1,0 +1,99 @@
+"""The layer and `functional.*` reach the kernels under the interpreter, and agree with the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import bidora_kernels as bk
+from bidora_kernels.kernels._launch import LAUNCHES
+
+from .comparison import make_layer
+
+
+def make_dora(out_features: int, in_features: int, dropout: float = 0.0, detach_norm: bool = True) -> bk.FusedDoraLinear:
+    linear = torch.nn.Linear(in_features, out_features)
+    dora = bk.FusedDoraLinear.from_linear(linear, r=4, lora_alpha=8, lora_dropout=dropout, detach_norm=detach_norm)
+    torch.nn.init.normal_(dora.lora_B, std=0.3)
+    with torch.no_grad():
+        dora.magnitude *= 1.5
+    return dora
+
+
+def run(dora: bk.FusedDoraLinear, x: Tensor, backend: str) -> list[Tensor]:
+    torch.manual_seed(1)
+    x = x.detach().requires_grad_()
+    with bk.use_backend(backend):
+        y = dora(x)
+        grads = torch.autograd.grad((y * torch.linspace(-1, 1, y.shape[-1])).square().sum(), [x, *dora_parameters(dora)])
+    return [y.detach(), *grads]
+
+
+def dora_parameters(dora: bk.FusedDoraLinear) -> list[Tensor]:
+    return [dora.lora_A, dora.lora_B, dora.magnitude]
+
+
+@pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "through the norm"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(72, 104), (33, 50)], ids=str)
+def test_a_layer_trains_on_the_kernels(shape: tuple[int, int], dropout: float, detach_norm: bool) -> None:
+    dora = make_dora(*shape, dropout, detach_norm)
+    x = torch.randn(2, 7, shape[1])
+    expected = run(dora, x, "reference")
+    LAUNCHES.clear()
+    got = run(dora, x, "triton")
+    for name in ("weight_norm", "compose", "compose_backward", "reduce_partials"):
+        assert LAUNCHES[name] == 1, name
+    assert (LAUNCHES["down_gradient"] > 0) == (not detach_norm)
+    for value, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
+
+
+def test_a_pass_launches_only_what_it_needs() -> None:
+    dora, x = make_dora(72, 104), torch.randn(5, 104)
+    LAUNCHES.clear()
+    with torch.no_grad(), bk.use_backend("triton"):
+        dora(x)
+    assert LAUNCHES["compose"] == 1
+    assert LAUNCHES["compose_backward"] == 0
+    dora.eval()
+    with torch.no_grad(), bk.use_backend("triton"):
+        for _ in range(3):
+            dora(x)
+    assert LAUNCHES["weight_norm"] == 2  # one before, one for the cache
+
+
+def test_functions_reach_the_kernels() -> None:
+    layer = make_layer(72, 104, 4, torch.float32, degenerate_rows=False)
+    arguments = (layer.weight, layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_())
+    calls = {
+        "weight_norm": lambda source: source.weight_norm(*arguments, layer.scaling),
+        "normalized_direction": lambda source: source.normalized_direction(*arguments, layer.scaling),
+        "merged_weight": lambda source: source.merged_weight(*arguments, layer.magnitude, layer.scaling),
+    }
+    for name, call in calls.items():
+        LAUNCHES.clear()
+        with bk.use_backend("triton"):
+            value = call(bk.functional)
+            weights = torch.randn_like(value)
+            grads = torch.autograd.grad((value * weights).sum(), arguments[1:])
+        assert LAUNCHES["weight_norm"] == 1, name
+        assert LAUNCHES["down_gradient"] == 1, name
+        expected = call(bk.reference)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+        for grad, want in zip(grads, torch.autograd.grad((expected * weights).sum(), arguments[1:]), strict=True):
+            torch.testing.assert_close(grad, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
+
+
+def test_no_other_backend_launches() -> None:
+    dora, x = make_dora(72, 104), torch.randn(5, 104)
+    LAUNCHES.clear()
+    run(dora, x, "reference")
+    assert not LAUNCHES
+
+
+def test_fp64_is_refused_by_name() -> None:
+    dora = bk.FusedDoraLinear.from_linear(torch.nn.Linear(8, 8).double(), r=2)
+    with bk.use_backend("triton"), pytest.raises(NotImplementedError, match="fp64"):
+        dora(torch.randn(3, 8).double())

@@ -173,7 +173,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(options: list[str], tmp_path: Path) 
     run = tmp_path / "run"
     command = [sys.executable, "-m", "bidora_kernels.cli", "train", *options, "--steps=4000", "--output", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(120, process.kill)
+    watchdog = threading.Timer(300, process.kill)
     watchdog.start()
     try:
         assert process.stdout is not None

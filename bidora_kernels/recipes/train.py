@@ -213,7 +213,7 @@ class Training:
             validation_loss=record.validation_loss,
             hypergradient_norm=record.hypergradient_norm,
             lr_lower=lr_lower,
-            lr_upper=lr_upper,
+            lr_upper=lr_upper if validation_batch is not None else None,
             seconds=round(self.seconds, 3),
         )
         return record

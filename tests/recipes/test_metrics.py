@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bidora_kernels.recipes import metrics
@@ -14,6 +14,7 @@ class_pairs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size
 value_pairs = st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=3, max_size=40)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(class_pairs)
 def test_class_metrics_equal_those_of_sklearn(pairs: list[tuple[int, int]]) -> None:
     predicted, labels = map(list, zip(*pairs, strict=True))
@@ -26,6 +27,7 @@ def test_class_metrics_equal_those_of_sklearn(pairs: list[tuple[int, int]]) -> N
     )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(value_pairs)
 def test_pearson_equals_the_r_of_a_linear_fit(pairs: list[tuple[float, float]]) -> None:
     import numpy

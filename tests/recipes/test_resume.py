@@ -146,7 +146,7 @@ def killed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
         command = [sys.executable, "-m", "bidora_kernels.cli", "train", "--json", f"--output={run.path}", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         processes[phase] = subprocess.Popen(command, env=environment), run, lines
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # a busy machine imports slowly
     waiting = dict(processes)
     try:
         while waiting and time.monotonic() < deadline:

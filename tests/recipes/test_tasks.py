@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bidora_kernels.recipes import UserError
@@ -15,6 +15,7 @@ labels_lists = st.lists(st.sampled_from("aaaabbc"), min_size=8, max_size=120)
 partitions = st.sampled_from([0.6, 0.7, 0.75, 0.8, 0.9])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(labels_lists, partitions, st.integers(0, 3))
 def test_a_split_is_a_stratified_partition(labels: list[str], partition: float, seed: int) -> None:
     counts = Counter(labels)
@@ -61,6 +62,7 @@ def test_a_split_of_a_regression_ignores_the_values() -> None:
     assert (len(train), len(validation)) == (8, 2)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(labels_lists, st.integers(1, 130), st.integers(0, 3))
 def test_a_subsample_keeps_every_class(labels: list[str], count: int, seed: int) -> None:
     kept = subsample(labels, count, seed)

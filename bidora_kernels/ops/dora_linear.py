@@ -7,7 +7,7 @@ is not enough (dropout, a 16-bit y of a precise pass) the forward returns what i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ def _without_autocast(device_type: str) -> Iterator[None]:
         yield
 
 
+def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same values in another shape, not counted as a view: an operator's output may then be overwritten in place."""
+    return torch.ops.aten._unsafe_view(tensor, shape)
+
+
 def _forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
     x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
@@ -46,7 +51,7 @@ def _forward(
             x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype, keeps
         )
     # an operator may not return one of its inputs, nor the same memory twice
-    y = y.view(*x.shape[:-1], weight.shape[0])
+    y = _shaped(y, (*x.shape[:-1], weight.shape[0]))
     return y, norm if norm_given is None else x.new_empty(0), x.new_empty(0) if kept is None else kept
 
 
@@ -86,7 +91,7 @@ def _backward(
         )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
     return tuple(  # type: ignore[return-value]
-        x.new_empty(0) if grad is None else grad.to(target.dtype).view(target.shape)
+        x.new_empty(0) if grad is None else _shaped(grad.to(target.dtype), target.shape)
         for grad, target in zip(grads, like, strict=True)
     )
 

@@ -35,8 +35,8 @@ _PASS_OVER_WEIGHT = {
     4: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64), 512: _weight(32, 64, 64)},
 }
 _TWO_PRODUCTS = {
-    2: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64, stages=2), 512: _weight(32, 64, 64, stages=2)},
-    4: {16: _weight(64, 64, 16, stages=2), 64: _weight(32, 64, 32, stages=2)},
+    2: {16: _weight(64, 64, 16), 64: _weight(32, 64, 32, stages=2)},
+    4: {16: _weight(32, 64, 16, stages=2), 64: _weight(32, 32, 32, stages=2)},
 }
 
 # architecture -> kernel -> bytes of the widest operand (2 or 4) -> largest rank -> tile
@@ -44,8 +44,8 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
     "default": {
         "weight_norm": _PASS_OVER_WEIGHT,
         "weight_norms": {
-            2: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64), 512: _weight(32, 64, 64, stages=2)},
-            4: {16: _weight(64, 64, 16, stages=2), 64: _weight(32, 64, 64, stages=2)},
+            2: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64), 512: _weight(32, 64, 32, stages=2)},
+            4: {16: _weight(64, 64, 16, stages=2), 64: _weight(32, 64, 32, stages=2)},
         },
         "merged_weight": _PASS_OVER_WEIGHT,
         "weight_norm_factors": _PASS_OVER_WEIGHT,
@@ -58,7 +58,7 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
         },
         "compose_backward": {
             2: {16: _tokens(64, 64, 16), 64: _tokens(64, 64, 64)},
-            4: {16: _tokens(64, 32, 16, stages=2), 64: _tokens(64, 32, 32, stages=2)},
+            4: {16: _tokens(64, 32, 16, stages=2), 64: _tokens(32, 32, 32, stages=2)},
         },
     }
 }

@@ -221,7 +221,9 @@ def _in_heads(name: str, config: DoraConfig, heads: Iterable[str]) -> bool:
 def _no_match(config: DoraConfig, modules: dict[str, nn.Module], skipped: dict[str, str]) -> str:
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules or [])
     wanted += config.fused_slices or []
-    left_out = [f"{name} is {reason}" for name, reason in skipped.items() if reason != NOT_NAMED]
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+    named = [name for name in skipped if everything or _named(name, config.target_modules)]
+    left_out = [f"{name} is {skipped[name]}" for name in named if skipped[name] != NOT_NAMED]
     if left_out:
         return f"target_modules={config.target_modules!r} leaves no layer to adapt: {'; '.join(left_out[:3])}"
     return f"target_modules matches no module: {_nearest(wanted, _linear_names(modules))}"

@@ -83,7 +83,7 @@ def _row_norm(tensor: Tensor) -> Tensor:
 
 def tolerance(expected: Tensor, same_dtype: Tensor, dtype: torch.dtype, bound: Tensor | None = None) -> Tensor:
     reference_error = _row_norm(same_dtype.double() - expected)
-    return 2.0 * (reference_error + unit_roundoff(dtype) * _row_norm(expected if bound is None else bound))
+    return 2.0 * (reference_error + torch.finfo(dtype).eps * _row_norm(expected if bound is None else bound))
 
 
 def failing_rows(

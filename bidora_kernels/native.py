@@ -108,8 +108,10 @@ def direction_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(grad_lora_A, grad_lora_B, grad_magnitude) of magnitude * V / ||V|| (rows of length 1 without a magnitude) under `grad`
     [out, in], plus those of ||V|| under `grad_norm` [out]; either may be absent."""
-    grad_A, grad_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
-    grad_magnitude = torch.empty_like(magnitude) if magnitude is not None and grad is not None else None
+    grad_A, grad_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
+    grad_magnitude = torch.zeros_like(magnitude) if magnitude is not None and grad is not None else None
+    if weight.numel() == 0:
+        return grad_A, grad_B, grad_magnitude
     row_major = weight if weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1] else weight.contiguous()
     torch.ops.bidora_native.direction_backward(
         row_major, grad, lora_A, lora_B, magnitude, scaling, norm, grad_norm, grad_A, grad_B, grad_magnitude

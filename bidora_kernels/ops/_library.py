@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,11 @@ def refuse_second_derivative(name: str) -> None:
         )
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
+
+
+def flatten(x: Tensor) -> Tensor:
+    """[..., features] as [tokens, features]; also where there are no features."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import native, reference
-from ._library import rows
+from ._library import flatten, rows
 from ._workspace import rows_per_block, workspace
 
 
@@ -64,7 +64,7 @@ class _Layer:
 
     def flat(self, x: Tensor) -> Tensor:
         """[tokens, features] in the accumulating dtype, rows contiguous."""
-        return rows(x.reshape(-1, x.shape[-1]).to(self.dtype))
+        return rows(flatten(x).to(self.dtype))
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         out_features, in_features = self.weight.shape
@@ -162,7 +162,7 @@ def backward(
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = None
     through_norm = needs_direction and differentiate_norm
     if needs_direction or needs_magnitude:
-        inputs, subtracted = rows(x.reshape(-1, x.shape[-1])), None if dropped else layer.bias
+        inputs, subtracted = rows(flatten(x)), None if dropped else layer.bias
         if not (needs_magnitude or through_norm):
             kept = None
         elif kept is None:
@@ -183,11 +183,11 @@ def backward(
     if needs_x or needs_dropped:
         g = rows(g.to(layer.dtype))
         if dropped:
-            grad_x = _product(g, layer.frozen_blocks()) if needs_x else None
+            grad_x = _product(g, layer.frozen_blocks(), weight.shape[1]) if needs_x else None
             if needs_dropped:
-                grad_dropped = _product(g, layer.merged_blocks(norm, norm_known=True, minus_weight=True))
+                grad_dropped = _product(g, layer.merged_blocks(norm, norm_known=True, minus_weight=True), weight.shape[1])
         elif weight_plan_pays(g.shape[0], weight, layer.dtype, norm_known=True):
-            grad_x = _product(g, layer.merged_blocks(norm, norm_known=True))
+            grad_x = _product(g, layer.merged_blocks(norm, norm_known=True), weight.shape[1])
         else:
             scaled = g * reference.row_scale(layer.magnitude, norm)
             grad_x = torch.mm(scaled, weight).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
@@ -205,9 +205,9 @@ def _outputs(layer: _Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_k
     return y
 
 
-def _product(g: Tensor, blocks: Iterator[tuple[slice, Tensor]]) -> Tensor | None:
+def _product(g: Tensor, blocks: Iterator[tuple[slice, Tensor]], in_features: int) -> Tensor:
     """g @ weight over blocks of output features."""
     product = None
     for part, block in blocks:
         product = torch.mm(g[:, part], block) if product is None else product.addmm_(g[:, part], block)
-    return product
+    return g.new_zeros(g.shape[0], in_features) if product is None else product

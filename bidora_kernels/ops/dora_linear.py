@@ -62,7 +62,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
     kept_dtype = _plan(backend).kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps)
-    kept = x.new_empty(0) if kept_dtype is None else y.new_empty(y.reshape(-1, weight.shape[0]).shape, dtype=kept_dtype)
+    kept = x.new_empty(0) if kept_dtype is None else y.new_empty(library.flatten(y).shape, dtype=kept_dtype)
     norm = x.new_empty(0) if norm_given is not None else weight.new_empty(weight.shape[0], dtype=reference.norm_dtype(weight))
     return y, norm, kept
 
@@ -82,11 +82,10 @@ def _backward(
     bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
     needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out_features = weight.shape[0]
     with _without_autocast(x.device.type):
         grads = _plan(backend).backward(
-            grad_output.reshape(-1, out_features), x, weight, lora_A, lora_B, magnitude, norm, bias,
-            None if kept is None else kept.reshape(-1, out_features), scaling, dropped, needs_x, needs_dropped, needs_direction,
+            library.flatten(grad_output), x, weight, lora_A, lora_B, magnitude, norm, bias,
+            None if kept is None else library.flatten(kept), scaling, dropped, needs_x, needs_dropped, needs_direction,
             needs_magnitude, differentiate_norm, product_dtype,
         )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)

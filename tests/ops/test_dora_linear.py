@@ -1,0 +1,283 @@
+"""The layer's operator on the native backend: against fp64, per row; what a pass skips; what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+
+import pytest
+import torch
+
+import bidora_kernels as bk
+from bidora_kernels import native
+from bidora_kernels.ops import _native_plan, _workspace
+
+from .draws import draw, run, violations
+
+pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["rows", "transposed", "sliced", "strided"])
+@pytest.mark.parametrize(("dropped", "detach_norm", "bias", "norm_known"), list(itertools.product([False, True], repeat=4)))
+def test_every_variant(dtype: torch.dtype, layout: str, dropped: bool, detach_norm: bool, bias: bool, norm_known: bool) -> None:
+    call = draw(1, dtype=dtype, layout=layout, dropped=dropped, detach_norm=detach_norm, bias=bias, norm_known=norm_known)
+    assert violations(call, run(call, "native")) == []
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "r", "tokens"),
+    [
+        (1, 1, 1, (1,)), (5, 7, 1, (1,)), (37, 51, 13, (3,)), (64, 129, 64, (70,)), (130, 1100, 8, (2, 33)),
+        (300, 20, 5, (4, 4, 4)), (33, 700, 17, (1,)), (16, 16, 40, (100,)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shapes(out_features: int, in_features: int, r: int, tokens: tuple[int, ...], dtype: torch.dtype) -> None:
+    call = draw(2, out_features, in_features, r, tokens, dtype)
+    assert violations(call, run(call, "native")) == []
+
+
+@pytest.mark.parametrize("shape", [(24, 40, 3, (0,)), (24, 40, 3, (2, 0)), (0, 40, 3, (5,)), (24, 0, 3, (5,)), (24, 40, 0, (5,))])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_empty(shape: tuple[int, int, int, tuple[int, ...]], dropped: bool) -> None:
+    call = draw(3, *shape, dropped=dropped)
+    ours, reference = run(call, "native"), run(call, "reference")
+    for name, value in reference.items():
+        assert ours[name].shape == value.shape
+        torch.testing.assert_close(ours[name], value)
+
+
+@pytest.mark.parametrize("plan", [True, False])
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_both_plans(plan: bool, detach_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native_plan, "weight_plan_pays", lambda *args, **kwargs: plan)
+    call = draw(4, detach_norm=detach_norm)
+    assert violations(call, run(call, "native")) == []
+
+
+def test_many_tokens_take_the_merged_weight_and_few_do_not() -> None:
+    weight = torch.empty(4096, 4096, device="meta")
+    assert _native_plan.weight_plan_pays(8192, weight, torch.float32, norm_known=False)
+    assert not _native_plan.weight_plan_pays(1, weight, torch.float32, norm_known=True)
+    assert _native_plan.weight_plan_pays(1, weight.bfloat16(), torch.float32, norm_known=True)
+
+
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_layer_larger_than_the_workspace(layout: str, dropped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_workspace, "LIMIT_BYTES", 40 * 4 * 7)  # seven rows at a time
+    call = draw(5, out_features=30, layout=layout, dropped=dropped, dtype=torch.bfloat16, tokens=(90,))
+    _workspace.release_workspace()
+    before = _workspace.workspace_bytes()
+    assert violations(call, run(call, "native")) == []
+    assert 0 < _workspace.workspace_bytes() - before <= 40 * 4 * 7
+
+
+@pytest.mark.parametrize("bias_size", [3.0, 100.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_that_hides_the_rest_of_y(bias_size: float, dtype: torch.dtype) -> None:
+    call = draw(6, dtype=dtype, tokens=(64,))
+    unbiased = dataclasses.replace(call, bias=None)
+    call.bias = torch.full_like(call.bias, bias_size)
+    call.bias[::3] = 0
+    ours = {"magnitude": run(call, "native")["magnitude"]}  # as accurate as if there were no bias
+    assert violations(unbiased, ours) == []
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, -1e-25, -2.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_magnitude_next_to_zero_keeps_its_gradient(value: float, bias: bool) -> None:
+    call = draw(7, bias=bias)
+    call.magnitude[::2] = value
+    reference = run(call.double(), "reference")["magnitude"]
+    torch.testing.assert_close(run(call, "native")["magnitude"].double(), reference, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("detach_norm", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_zero_row(dropped: bool, detach_norm: bool, moved: bool) -> None:
+    call = draw(8, dropped=dropped, detach_norm=detach_norm)
+    call.weight[::3] = 0
+    call.magnitude[::3] = 0
+    if not moved:
+        call.lora_B[::3] = 0
+    ours, reference = run(call, "native"), run(call, "reference")
+    for name, value in reference.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("needs", [(), ("direction",), ("magnitude",)])
+@pytest.mark.parametrize("detach_norm", [True, False])
+@pytest.mark.parametrize("dropped", [True, False])
+def test_a_pass_computes_what_it_needs(
+    needs: tuple[str, ...], detach_norm: bool, dropped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = native.adapter_gradients
+
+    def watch(*args: object, **kwargs: object) -> object:
+        seen.append((args[2] is not None, args[9]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(native, "adapter_gradients", watch)
+    call = draw(9, detach_norm=detach_norm, dropped=dropped)
+    ours = run(call, "native", needs)
+    assert violations(call, ours) == []
+    reads_output = "magnitude" in needs or ("direction" in needs and not detach_norm)
+    assert seen == ([(reads_output, "direction" in needs)] if needs else [])
+    if not dropped:
+        y = bk.functional.dora_linear(call.x, call.weight, call.lora_A, call.lora_B, call.magnitude, call.scaling)
+        assert not y.requires_grad
+
+
+def test_a_frozen_input_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native_plan, "_product", lambda *args: pytest.fail("a gradient of x was computed"))
+    call = draw(10, tokens=(200,))
+    lora_A = call.lora_A.requires_grad_()
+    y = bk.functional.dora_linear(call.x, call.weight, lora_A, call.lora_B, call.magnitude, call.scaling)
+    torch.autograd.grad(y.sum(), lora_A)
+
+
+@pytest.mark.parametrize("detach_norm", [True, False])
+def test_y_may_be_overwritten(detach_norm: bool) -> None:
+    call, found = draw(11, detach_norm=detach_norm), []
+    for backend, in_place in (("native", True), ("native", False), ("reference", False)):
+        leaves = [t.detach().requires_grad_() for t in (call.lora_A, call.lora_B, call.magnitude)]
+        with bk.use_backend(backend):
+            y = bk.functional.dora_linear(
+                call.x, call.weight, *leaves, call.scaling, call.bias, detach_norm=detach_norm
+            )  # fmt: skip
+        y = y.relu_() if in_place else y.relu()
+        found.append(torch.autograd.grad(y.square().sum(), leaves))
+    for ours in found[:2]:
+        for value, expected in zip(ours, found[2], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_retained_graph_runs_twice() -> None:
+    call = draw(12)
+    magnitude = call.magnitude.requires_grad_()
+    y = bk.functional.dora_linear(call.x, call.weight, call.lora_A, call.lora_B, magnitude, call.scaling, call.bias)
+    first = torch.autograd.grad(y.sum(), magnitude, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), magnitude)[0], first)
+
+
+def test_what_has_no_rule_says_which_backend_has_one() -> None:
+    call = draw(13)
+    lora_A, magnitude = call.lora_A.requires_grad_(), call.magnitude.requires_grad_()
+
+    def layer(down: torch.Tensor) -> torch.Tensor:
+        return bk.functional.dora_linear(call.x, call.weight, down, call.lora_B, magnitude, call.scaling)
+
+    with bk.use_backend("native"):
+        grad = torch.autograd.grad(layer(lora_A).square().sum(), magnitude, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
+            torch.autograd.grad(grad.sum(), lora_A)
+        with pytest.raises(NotImplementedError, match='use backend "reference"'):
+            torch.func.jvp(layer, (lora_A,), (lora_A,))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            layer(torch.autograd.forward_ad.make_dual(lora_A.detach(), lora_A.detach()))
+        with pytest.raises(NotImplementedError, match="an fp64 input with a weight in float32"):
+            bk.functional.dora_linear(call.x.double(), call.weight, lora_A, call.lora_B, magnitude, call.scaling)
+    assert torch.func.jvp(layer, (lora_A,), (lora_A,))[1].shape == call.grad.shape  # auto goes to the reference
+    assert bk.functional.dora_linear(call.x.double(), call.weight, lora_A, call.lora_B, magnitude, 1.0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("x_dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
+def test_mixed_dtypes_and_autocast(weight_dtype: torch.dtype, x_dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    call = draw(14, dtype=torch.float32)
+    call.x, call.weight = call.x.to(x_dtype), call.weight.to(weight_dtype)
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        ours, reference = run(call, "native"), run(call, "reference")
+    assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in reference.items()}
+    dtypes = (weight_dtype, x_dtype, autocast or x_dtype)
+    assert violations(call, ours, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)) == []
+
+
+def test_a_precise_pass_feels_a_small_change() -> None:
+    """bf16: what a change of lora_B by 1e-5 does to the magnitude's gradient survives in a precise pass."""
+    call = draw(15, out_features=64, in_features=64, tokens=(256,), dtype=torch.bfloat16, bias=False)
+    call.lora_B.zero_()
+    moved = draw(15, out_features=64, in_features=64, tokens=(256,), dtype=torch.bfloat16, bias=False)
+    moved.lora_B = 1e-4 * moved.lora_B
+    true, ours = (
+        run(*[moved.double() if exact else moved, backend], ("magnitude",), precise=True)["magnitude"].double()
+        - run(*[call.double() if exact else call, backend], ("magnitude",), precise=True)["magnitude"].double()
+        for exact, backend in ((True, "reference"), (False, "native"))
+    )
+    assert torch.cosine_similarity(true, ours, dim=0) > 0.99
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    call = draw(16, out_features=200, in_features=300, r=5, tokens=(130,), detach_norm=False)
+    threads, found = torch.get_num_threads(), []
+    arguments = [t.contiguous() for t in (call.lora_A, call.lora_B, call.magnitude)]
+    norm = bk.reference.weight_norm(call.weight, *arguments[:2], call.scaling)
+    y = run(call, "reference")["y"]
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            grads = native.adapter_gradients(call.x, call.grad, y, *arguments, norm, call.bias, call.scaling, True)[:3]
+            norm_grads = native.direction_backward(call.weight, None, *arguments[:2], None, call.scaling, norm, norm)[:2]
+            found.append([native.weight_norm(call.weight, *arguments[:2], call.scaling), *grads, *norm_grads])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_threads_do_not_share_a_workspace() -> None:
+    calls = [draw(seed, out_features=48 + seed, tokens=(100,)) for seed in range(4)]
+    expected = [run(call, "native") for call in calls]
+    failures: list[str] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            for name, value in run(calls[index], "native").items():
+                if not torch.equal(value, expected[index][name]):
+                    failures.append(f"{index}: {name}")
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dropped: bool, dtype: torch.dtype) -> None:
+    call = draw(17, dtype=dtype, dropped=dropped)
+    leaves = [t.detach().requires_grad_() for t in (call.x, call.lora_A, call.lora_B, call.magnitude)]
+    torch.library.opcheck(
+        torch.ops.bidora_kernels.dora_linear.default,
+        (
+            leaves[0], call.weight, *leaves[1:], None, call.bias, call.x_dropped, call.scaling, False, False, dtype, dtype, True,
+            "native",
+        ),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_compiled_without_a_break(dropped: bool) -> None:
+    call = draw(18, dropped=dropped, tokens=(50,))
+
+    def layer(x, down, up, magnitude):
+        return bk.functional.dora_linear(
+            x, call.weight, down, up, magnitude, call.scaling, call.bias, call.x_dropped, detach_norm=False
+        ).tanh()
+
+    found = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        leaves = [t.detach().requires_grad_() for t in (call.x, call.lora_A, call.lora_B, call.magnitude)]
+        with bk.use_backend("native"):
+            y = function(*leaves)
+        found.append([y, *torch.autograd.grad(y, leaves, call.grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,0 +1,119 @@
+"""The compiled library: that it is there where it can be, what it needs of torch and of the machine, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bidora_kernels
+from bidora_kernels import native
+
+LIBRARY = Path(bidora_kernels.__file__).parent / "_native.so"
+HERE = native.why_unavailable() is None
+# the torch symbols of the 2.10 stable ABI that the library imports, beside aoti_torch_dtype_<name>
+ABI_2_10 = {
+    "aoti_torch_abi_version", "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object",
+    "aoti_torch_device_type_cpu", "aoti_torch_get_device_type", "aoti_torch_get_dim", "aoti_torch_get_dtype",
+    "aoti_torch_get_numel", "aoti_torch_get_size", "aoti_torch_get_stride", "aoti_torch_is_contiguous", "aoti_torch_library_def",
+    "aoti_torch_library_init_def", "aoti_torch_library_init_impl", "aoti_torch_new_tensor_handle", "torch_call_dispatcher",
+    "torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "torch_get_num_threads", "torch_library_impl",
+    "torch_parallel_for",
+}  # fmt: skip
+
+
+def test_it_was_built_where_a_compiler_is() -> None:
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    assert native.why_unavailable() is None
+
+
+def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "_native.so")
+    reason = native.why_unavailable.__wrapped__()
+    assert reason is not None
+    assert "--no-build-isolation" in reason
+    (tmp_path / "_native.so").write_bytes(b"not a library")
+    assert "does not load" in str(native.why_unavailable.__wrapped__())
+
+
+def test_importing_the_package_loads_nothing() -> None:
+    code = "import bidora_kernels, torch; assert not any('_native' in path for path in torch.ops.loaded_libraries)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not HERE or shutil.which("nm") is None, reason="no library or no nm")
+def test_it_imports_no_newer_symbol_than_torch_2_10() -> None:
+    listing = subprocess.run(["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    symbols = {line.split()[-1].split("@")[0] for line in listing.splitlines()}
+    of_torch = {name for name in symbols if re.match(r"(aoti_)?torch_|_ZN(K)?(2at|3c10|5torch)", name)}
+    assert of_torch, "the check would pass on an empty list"
+    assert {name for name in of_torch if not name.startswith("aoti_torch_dtype_")} <= ABI_2_10
+    header = Path(torch.__file__).parent / "include/torch/csrc/stable/c/shim.h"
+    newer = header.read_text().split("TORCH_VERSION_2_11_0", 1)[1:]
+    assert not of_torch & set(re.findall(r"\b(?:aoti_)?torch_\w+", "".join(newer)))
+    assert not any(name.startswith(("Py", "_Py")) for name in symbols)
+
+
+@pytest.mark.skipif(not HERE or shutil.which("objdump") is None, reason="no library or no objdump")
+def test_wide_instructions_stay_in_their_own_functions() -> None:
+    """What runs on every machine (registration, dispatch, the baseline kernels) has no AVX register in it."""
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", "-C", str(LIBRARY)], capture_output=True, text=True).stdout
+    if "elf64-x86-64" not in listing:
+        pytest.skip("not x86")
+    name, wide, outside = "", 0, set()
+    for line in listing.splitlines():
+        if match := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            name = match.group(1)
+        elif re.search(r"%[yz]mm", line):
+            wide += 1
+            if "avx2" not in name and "avx512" not in name:
+                outside.add(name)
+    assert wide > 1000, "the check would pass on a library without wide kernels"
+    assert outside == set()
+
+
+@pytest.mark.skipif(not HERE, reason="no library")
+class TestRefusals:
+    """The operators check before they touch memory, whoever calls them."""
+
+    def operands(self) -> dict[str, torch.Tensor]:
+        return {
+            "weight": torch.randn(6, 8), "lora_A": torch.randn(2, 8), "lora_B": torch.randn(6, 2), "norm": torch.empty(6),
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("weight", torch.ones(6, 8, dtype=torch.long), "weight must be fp64, fp32, bf16 or fp16"),
+            ("weight", torch.randn(6, 8, 2), "weight and lora_A must be matrices"),
+            ("weight", torch.randn(6, 16)[:, ::2], "weight must have contiguous rows"),
+            ("weight", torch.randn(8).expand(6, 8), "weight must have rows that do not overlap"),
+            ("lora_A", torch.randn(2, 7), "lora_A must have 16 elements, got 14"),
+            ("lora_A", torch.randn(2, 8).double(), "lora_A must be fp32"),
+            ("lora_B", torch.randn(2, 6).t(), "lora_B must be contiguous"),
+            ("norm", torch.empty(5), "norm must have 6 elements, got 5"),
+            ("norm", torch.empty(6, dtype=torch.bfloat16), "norm must be fp32"),
+        ],
+    )
+    def test_weight_norm(self, name: str, value: torch.Tensor, message: str) -> None:
+        o = self.operands() | {name: value}
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.bidora_native.weight_norm(o["weight"], o["lora_A"], o["lora_B"], 1.0, o["norm"])
+
+    def test_merged_weight(self) -> None:
+        o = self.operands()
+        arguments = (o["weight"], o["lora_A"], o["lora_B"], torch.ones(6), 1.0, o["norm"])
+        for out, known, minus, message in (
+            (torch.empty(6, 7), False, False, r"out must be \[6, 8\]"),
+            (torch.empty(8, 6).t(), False, False, "out must have contiguous rows"),
+            (torch.empty(6, 8), False, True, "minus_weight needs the norm"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                torch.ops.bidora_native.merged_weight(*arguments, known, minus, out)

@@ -7,7 +7,7 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-seeds test test-kernels test-main lint format clean
+.PHONY: install demo demo-seeds test test-kernels test-main slow-kernels slow-native bench lint format clean
 
 install: $(INSTALLED)
 
@@ -55,3 +55,13 @@ demo-seeds: $(INSTALLED)
 	  done; \
 	done
 	$(BIN)/bidora compare runs/seeds/*
+
+# longer than the test budget: the kernels' cross product, 1,000 random layers
+slow-kernels: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m slow
+
+slow-native: $(INSTALLED)
+	$(BIN)/python -m pytest tests/ops -m slow
+
+bench: $(INSTALLED)
+	$(BIN)/bidora bench --suite cpu

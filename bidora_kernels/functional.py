@@ -146,13 +146,17 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Ten
     return _merged_weight.merged_weight(weight, lora_A, lora_B, magnitude, scaling, backend)
 
 
-def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, probes: int | str = 0) -> Tensor:
     """R = ||Vhat Vhat^T - I||_F^2 with Vhat = V / ||V|| (BiDoRA, arXiv:2410.09758, eq. 3), a scalar; differentiable.
 
-    Rows whose norm is below 1e-18 are left out.
+    Rows whose norm is below 1e-18 are left out. probes: 0 is exact; a number k estimates R, without bias, from k pairs of random
+    vectors of the device's generator; "auto" is exact where weight @ weight^T, [out, out], fits the cache's budget, else an
+    estimate. Raises ValueError for other probes.
     """
     checks.check_direction(weight, lora_A, lora_B)
     weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
+    if pairs := _orthogonality.probes_for(weight, probes):
+        return _orthogonality.estimated_penalty(weight, lora_A, lora_B, scaling, pairs, backend)
     if backend == "reference":
         return reference.orthogonality_penalty(weight, lora_A, lora_B, scaling)
     return _orthogonality.orthogonality_penalty(weight, lora_A, lora_B, scaling, backend)

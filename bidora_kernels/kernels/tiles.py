@@ -52,6 +52,7 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
         "weight_norm_factors_tail": _TWO_PRODUCTS,
         "down_gradient": _TWO_PRODUCTS,
         "row_projection": _TWO_PRODUCTS,
+        "orthogonality": {4: {16: _weight(64, 32, 16, stages=2), 64: _weight(32, 32, 32, stages=2)}},
         "compose": {
             2: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
             4: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},

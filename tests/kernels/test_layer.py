@@ -86,6 +86,21 @@ def test_functions_reach_the_kernels() -> None:
             torch.testing.assert_close(grad, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_penalty_reaches_its_kernel(dtype: torch.dtype) -> None:
+    layer = make_layer(72, 104, 4, dtype, torch.float32)
+    leaves = [layer.lora_A.requires_grad_(), layer.lora_B.requires_grad_()]
+    found = []
+    for backend in ("triton", "reference"):
+        LAUNCHES.clear()
+        with bk.use_backend(backend):
+            value = bk.functional.orthogonality_penalty(layer.weight, *leaves, layer.scaling)
+            found.append([value.detach(), *torch.autograd.grad(3.0 * value, leaves)])
+        assert LAUNCHES["orthogonality"] == (backend == "triton")
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
+
+
 def test_no_other_backend_launches() -> None:
     dora, x = make_dora(72, 104), torch.randn(5, 104)
     LAUNCHES.clear()

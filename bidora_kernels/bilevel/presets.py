@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .estimators import CentralDifference
+from .estimators import CentralDifference, FirstOrder
 from .sama import Sama
 
 
@@ -24,7 +24,9 @@ class BilevelPreset:
 
 _PRESETS = {
     # what the library recommends: one difference pass per upper step
-    "balanced": BilevelPreset({"estimator": Sama(), "upper_every": 2}, 0.5, "search"),
+    "balanced": BilevelPreset({"estimator": Sama(), "upper_every": 2}, 0.25, "search"),
+    # the same without the second-order term and its pass
+    "first-order": BilevelPreset({"estimator": FirstOrder(), "upper_every": 2}, 0.25, "search"),
     # BiDoRA's text, eq. 7-8: xi is the lower learning rate
     "paper": BilevelPreset({"estimator": CentralDifference(), "xi": "lr"}, 1.0, "init"),
     # what the authors' code computes through Betty: xi = 1, differences around the updated directions
@@ -33,7 +35,7 @@ _PRESETS = {
 
 
 def preset(name: str) -> BilevelPreset:
-    """The preset "balanced", "paper" or "paper-code". Raises ValueError for another name."""
+    """The preset "balanced", "first-order", "paper" or "paper-code". Raises ValueError for another name."""
     if name not in _PRESETS:
         raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {name!r}")
     chosen = _PRESETS[name]

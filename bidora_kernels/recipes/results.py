@@ -50,6 +50,7 @@ def compare(paths: Sequence[str | Path]) -> dict[str, Any]:
             "model": settings["model"],
             "method": summary["method"],
             "bilevel": summary["bilevel"],
+            "horizon": settings.get("horizon"),
             "retrain_from": settings["retrain_from"],
             "steps": sum(summary["steps"].values()),
             "seed": summary["seed"],
@@ -66,7 +67,7 @@ def compare(paths: Sequence[str | Path]) -> dict[str, Any]:
 
 
 _MAY_DIFFER = ("seed", "data_dir", "eval_every", "checkpoint_every", "eval_batch_size", "device", "preset")
-_GROUP_FIELDS = ("task", "model", "method", "bilevel", "retrain_from", "steps", "metric")
+_GROUP_FIELDS = ("task", "model", "method", "bilevel", "horizon", "retrain_from", "steps", "metric")
 
 
 def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,7 +118,8 @@ def comparison_lines(comparison: dict[str, Any]) -> list[str]:
 def _method(row: dict[str, Any]) -> str:
     if row["bilevel"] is None:
         return row["method"]
-    return f"{row['method']} ({row['bilevel']}{'' if row['retrain_from'] is None else ', from ' + row['retrain_from']})"
+    horizon = "" if row["horizon"] is None else f", horizon {row['horizon']}"
+    return f"{row['method']} ({row['bilevel']}{horizon}{'' if row['retrain_from'] is None else ', from ' + row['retrain_from']})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

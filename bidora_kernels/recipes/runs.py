@@ -21,8 +21,12 @@ import torch
 from . import UserError
 
 SCHEMA_VERSION = 1
+HYPERGRADIENT_FIELDS = (  # of StepStats, on lines of a step with an upper part
+    "direct_norm", "second_order_norm", "cosine", "ratio_capped", "radius", "passes", "pass_seconds",
+)  # fmt: skip
 METRIC_FIELDS = (
     "phase", "step", "train_loss", "validation_loss", "test_metric", "hypergradient_norm", "lr_lower", "lr_upper", "seconds",
+    *HYPERGRADIENT_FIELDS,
 )  # fmt: skip
 _OWN = ("summary.json", "metrics.jsonl", "adapter", "model", "checkpoints", "curves.png")
 

@@ -6,13 +6,14 @@ import dataclasses
 import math
 from typing import Any
 
+from ..bilevel import Sama, preset
 from . import UserError
 
 METHODS = ("full", "lora", "dora", "bidora")
-BILEVEL = ("balanced", "paper", "paper-code")
+BILEVEL = ("balanced", "first-order", "paper", "paper-code")
 PRECISIONS = ("fp32", "bf16")
 
-_POSITIVE_INTEGERS = ("steps", "batch_size", "validation_batch_size", "eval_batch_size", "max_length", "r")
+_POSITIVE_INTEGERS = ("steps", "batch_size", "validation_batch_size", "eval_batch_size", "max_length", "r", "horizon")
 _COUNTS = ("retrain_steps", "eval_every", "seed")
 _RATES = ("lr", "upper_lr", "retrain_lr")
 _DECAYS = ("weight_decay", "upper_weight_decay", "retrain_weight_decay", "penalty")
@@ -25,6 +26,8 @@ class TrainSettings:
     Directions (lora_A, lora_B and the head) train with `lr`, magnitudes with `upper_lr` (None: `lr`). `steps` counts the search
     and `retrain_steps` the retraining; a method without a search trains for their sum. `retrain_lr` and `retrain_weight_decay`:
     None takes the search's. `validation_batch_size` and `retrain_from`: None takes what the bilevel preset says.
+    `horizon` is Sama's, where the bilevel preset's estimator is Sama; None takes the preset's. `hold_out` keeps a share of the
+    training examples out of training and scores on them instead of the test set, to choose settings by.
     `max_norm` clips the lower gradient. `eval_every` tests every so many steps and after each phase (0: at the end only).
     """
 
@@ -33,6 +36,7 @@ class TrainSettings:
     method: str = "bidora"
     preset: str | None = None
     bilevel: str = "balanced"
+    horizon: int | None = None
     data_dir: str | None = None
     seed: int = 0
     partition: float = 0.8
@@ -58,6 +62,7 @@ class TrainSettings:
     target_modules: tuple[str, ...] | str = ("query", "value")
     train_examples: int | None = None
     test_examples: int | None = None
+    hold_out: float = 0.0
     eval_every: int = 0
     checkpoint_every: int = 50
     precision: str = "fp32"
@@ -87,6 +92,9 @@ class TrainSettings:
         self._check("warmup", lambda value: 0 <= value < 1, "in [0, 1)")
         self._check("lora_dropout", lambda value: 0 <= value < 1, "in [0, 1)")
         self._check("partition", lambda value: 0.6 <= value <= 1, "in 0.6 … 1.0")
+        self._check("hold_out", lambda value: 0 <= value <= 0.4, "in 0 … 0.4")
+        if self.horizon is not None and not isinstance(preset(self.bilevel).optimizer["estimator"], Sama):
+            raise UserError(f"horizon is Sama's: the bilevel preset {self.bilevel} takes another estimator")
         if self.penalty and self.method not in ("dora", "bidora"):
             raise UserError(f"penalty needs DoRA layers: the method {self.method} has none")
 

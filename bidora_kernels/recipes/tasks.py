@@ -301,9 +301,11 @@ def load_task(
     train_examples: int | None = None,
     test_examples: int | None = None,
     seed: int = 0,
+    hold_out: float = 0.0,
 ) -> TaskData:
     """Load a task, numbering its labels over train and test together; optionally a seeded, stratified part of each.
 
+    With `hold_out` that share of the chosen training examples takes the place of the test set, which is left unused.
     Raises UserError where the data is missing or malformed. A class that only the test set has is kept, with a warning.
     """
     folder = None if data_dir is None else Path(data_dir)
@@ -316,6 +318,9 @@ def load_task(
     train, test = (_numbered_examples(rows, names, name) for rows in (train_rows, test_rows))
     classes = bool(names)
     train = train.select(subsample(train.labels, train_examples, seed, classes))
+    if hold_out:
+        kept, out = split_indices(train.labels, 1.0 - hold_out, seed, classes)
+        train, test = train.select(kept), train.select(out)
     test = test.select(subsample(test.labels, test_examples, seed, classes))
     return TaskData(name, source.metric, names, train, test, _warnings(train, test, names))
 

@@ -26,6 +26,7 @@ from .phases import Order, Phase, plan_phases, retrain_from, validation_batch_si
 from .plots import draw_curves
 from .progress import Estimate, Silent
 from .runs import (
+    HYPERGRADIENT_FIELDS,
     SCHEMA_VERSION,
     MetricsWriter,
     RunFolder,
@@ -52,7 +53,7 @@ class Training:
         """Load the data, build the model and the first phase; writes nothing. Raises UserError for a mistake in the settings."""
         self.settings, self.run, self.progress = settings, run, progress
         self.data: TaskData = load_task(
-            settings.task, settings.data_dir, settings.train_examples, settings.test_examples, settings.seed
+            settings.task, settings.data_dir, settings.train_examples, settings.test_examples, settings.seed, settings.hold_out
         )
         self.data_sha256 = self.data.sha256()
         self.phases = plan_phases(settings, self.data.train.labels, not self.data.regression)
@@ -215,6 +216,7 @@ class Training:
             lr_lower=lr_lower,
             lr_upper=lr_upper if validation_batch is not None else None,
             seconds=round(self.seconds, 3),
+            **{} if record.stats is None else {field: getattr(record.stats, field) for field in HYPERGRADIENT_FIELDS},
         )
         return record
 

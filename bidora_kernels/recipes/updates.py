@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..bilevel import BilevelOptimizer, OrthogonalPenalty, preset
+from ..bilevel import BilevelOptimizer, OrthogonalPenalty, StepStats, preset
 from ..bilevel.schedule import linear_schedule
 from .settings import TrainSettings
 
@@ -19,12 +19,16 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """What a step reports; None where it has no such number. `passes` counts forward and backward passes."""
+    """What a step reports; None where it has no such number. `passes` counts forward and backward passes.
+
+    `stats` is what the bilevel optimizer says of a step with an upper part.
+    """
 
     train_loss: float
     validation_loss: float | None
     hypergradient_norm: float | None
     passes: float
+    stats: StepStats | None = None
 
 
 def _penalty(settings: TrainSettings) -> OrthogonalPenalty | None:
@@ -94,6 +98,8 @@ class BilevelUpdate:
         self._lower = torch.optim.AdamW(lower, lr=settings.lr, weight_decay=settings.weight_decay)
         self._upper = torch.optim.AdamW(upper, lr=upper_lr, weight_decay=settings.upper_weight_decay)
         chosen = dict(preset(settings.bilevel).optimizer)
+        if settings.horizon is not None:
+            chosen["estimator"] = dataclasses.replace(chosen["estimator"], horizon=settings.horizon)
         upper_steps = math.ceil(steps / chosen.get("upper_every", 1))
         self._optimizer = BilevelOptimizer(
             model,
@@ -121,7 +127,11 @@ class BilevelUpdate:
         # without a GradScaler every step has a train loss
         stats = self._optimizer.step(loss_fn, train_batch, validation_batch)
         return StepRecord(
-            cast(float, stats.train_loss), _number(stats.validation_loss), _number(stats.hypergradient_norm), stats.passes
+            cast(float, stats.train_loss),
+            _number(stats.validation_loss),
+            _number(stats.hypergradient_norm),
+            stats.passes,
+            None if stats.direct_norm is None else stats,
         )
 
     def state_dict(self) -> dict[str, Any]:

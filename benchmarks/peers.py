@@ -12,6 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .cases import DTYPES, DecodeCase, LayerCase
 from .timing import Candidate
 
 BACKENDS = ("native", "triton", "reference")
+LAYER_PLANS = ("activation", "weight")
 
 
 class Unavailable(RuntimeError):
@@ -50,6 +52,21 @@ def need_backend(backend: str, device: str) -> None:
             resolve(device)
     except bk.BackendUnavailable as error:
         raise Unavailable(str(error)) from None
+
+
+@contextlib.contextmanager
+def plan_context(backend: str, plan: str | None) -> Iterator[None]:
+    """Run this library on one backend, held to one plan; None leaves the choice to it. Raises Unavailable without such a plan."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bk.use_backend(backend))
+        if plan is not None:
+            if backend != "native":
+                raise Unavailable(f"the {backend} backend has one plan")
+            from bidora_kernels.ops import _native_plan
+
+            # the choice is the library's own: what makes it is replaced
+            stack.enter_context(mock.patch.object(_native_plan, "weight_plan_pays", return_value=plan == "weight"))
+        yield
 
 
 def need_package(name: str) -> None:
@@ -126,8 +143,14 @@ def layer_candidate(
     rule: str,
     make: Callable[[Set], tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]],
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    graph: bool = False,
 ) -> Candidate:
-    """Build a candidate from `make`, which returns a set's forward and the tensors whose gradients it computes beside x's."""
+    """Build a candidate from `make`, which returns a set's forward and the tensors whose gradients it computes beside x's.
+
+    graph: replay a CUDA graph of each call instead of launching its kernels one by one.
+    """
+    if graph and material.device != "cuda":
+        raise Unavailable("CUDA graphs need a GPU")
     train = material.case.kind == "layer"
     sets = material.sets
     made = [make(which) for which in sets]
@@ -144,19 +167,42 @@ def layer_candidate(
         with around(), contextlib.nullcontext() if train else torch.no_grad():
             yield
 
-    def verify() -> dict[str, float]:
-        with entered():
-            found = results(*made[0], sets[0])
-        return oracle.compare(found, material.expected(rule), oracle.TOLERANCE[material.dtype])
-
-    calls = [
+    calls: list[Callable[[], Gradients]] = [
         functools.partial(results, forward, parameters, which) for (forward, parameters), which in zip(made, sets, strict=True)
     ]
+    if graph:
+        with entered():
+            calls = [captured(call) for call in calls]
+
+    def verify() -> dict[str, float]:
+        with entered():
+            found = calls[0]()
+        return oracle.compare(found, material.expected(rule), oracle.TOLERANCE[material.dtype])
+
     return Candidate(name, calls, verify, entered)
 
 
-def _frozen(material: Material) -> Candidate:
-    return layer_candidate("frozen linear", material, "frozen", lambda which: (material.plain(which), {}))
+def captured(call: Callable[[], Gradients]) -> Callable[[], Gradients]:
+    """`call` recorded in a CUDA graph: each replay reads the same tensors and overwrites the same results."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is compiled, tuned or allocated once must be over before the capture
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+
+    def replay() -> Gradients:
+        graph.replay()
+        return found
+
+    return replay
+
+
+def _frozen(material: Material, graph: bool = False) -> Candidate:
+    return layer_candidate("frozen linear", material, "frozen", lambda which: (material.plain(which), {}), graph=graph)
 
 
 class _Holder(nn.Module):
@@ -183,7 +229,7 @@ def peft_layer(layer: nn.Module, adapter: oracle.Adapter, dora: bool, fp32: bool
     return wrapped.train(train)
 
 
-def _peft(name: str, material: Material, dora: bool, fp32: bool = False, caching: bool = False) -> Candidate:
+def _peft(name: str, material: Material, dora: bool, fp32: bool = False, caching: bool = False, graph: bool = False) -> Candidate:
     train = material.case.kind == "layer"
 
     def make(which: Set) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
@@ -201,10 +247,10 @@ def _peft(name: str, material: Material, dora: bool, fp32: bool = False, caching
         with autocast, DoraCaching(enabled=caching):
             yield
 
-    return layer_candidate(name, material, "dora" if dora else "lora", make, around)
+    return layer_candidate(name, material, "dora" if dora else "lora", make, around, graph)
 
 
-def _bidora(material: Material, backend: str, merged: bool = False) -> Candidate:
+def _bidora(material: Material, backend: str, merged: bool = False, plan: str | None = None, graph: bool = False) -> Candidate:
     need_backend(backend, material.device)
     adapter, train = material.adapter, material.case.kind == "layer"
 
@@ -223,9 +269,10 @@ def _bidora(material: Material, backend: str, merged: bool = False) -> Candidate
             layer.merge()
         return layer, {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "magnitude": layer.magnitude}
 
-    name = ours(backend) + (" merged" if merged else "")
-    with bk.use_backend(backend):
-        return layer_candidate(name, material, "dora", make, functools.partial(backend_context, backend))
+    name = ours(backend) + (" merged" if merged else "") + (f", {plan} plan" if plan else "")
+    around = functools.partial(plan_context, backend, plan)
+    with around():
+        return layer_candidate(name, material, "dora", make, around, graph)
 
 
 def _leaf(value: Tensor) -> Tensor:
@@ -321,6 +368,14 @@ def layer_providers(case: LayerCase) -> dict[str, Builder]:
         found["reference, torch.compile"] = _compiled
     for backend in BACKENDS:
         found[ours(backend)] = functools.partial(_bidora, backend=backend)
+        if case.plans and backend != "reference":
+            for plan in LAYER_PLANS:
+                found[f"{ours(backend)}, {plan} plan"] = functools.partial(_bidora, backend=backend, plan=plan)
     if decode:
         found["bidora merged"] = lambda m: dataclasses.replace(_bidora(m, "reference", merged=True), name="bidora merged")
+    if isinstance(case, DecodeCase) and case.graph:
+        found["frozen linear, CUDA graph"] = lambda m: _frozen(m, graph=True)
+        found["PEFT LoRA, CUDA graph"] = lambda m: _peft("PEFT LoRA", m, dora=False, graph=True)
+        found["PEFT DoRA, DoraCaching, CUDA graph"] = lambda m: _peft("PEFT DoRA", m, dora=True, caching=True, graph=True)
+        found[f"{ours('triton')}, CUDA graph"] = lambda m: _bidora(m, "triton", graph=True)
     return found

@@ -2,7 +2,7 @@
 
 {"schema_version": 1, "suite": "cpu", "tiny": false, "selected": [ids], "machine": {...},
  "pieces": [{"started", "commit", "modified", "backends", "clock_mhz", "load", "ceilings"}],
- "cases": {id: {"case": {...}, "floor": name, "pieces": [piece of each round],
+ "cases": {id: {"case": {...}, "floor": name, "elapsed": seconds in all, "pieces": [piece of each round],
                 "providers": {name: {"status": "ok", "errors", "peak_bytes", "iterations", "seconds": [per round]}
                                   | {"status": "unavailable" | "refused" | "failed", "reason"}}}}}
 """
@@ -115,6 +115,7 @@ def problems(document: Any, complete: bool = False) -> list[str]:
         rounds = found.need(entry, "pieces", list, name)
         floor = found.need(entry, "floor", str, name)
         providers = found.need(entry, "providers", dict, name)
+        found.need(entry, "elapsed", (int, float), name)
         if None in (case, rounds, providers, floor):
             continue
         if not all(isinstance(index, int) and 0 <= index < len(pieces) for index in rounds):

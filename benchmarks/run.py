@@ -25,15 +25,19 @@ Log = Callable[[str], None]
 
 
 def providers(case: Case) -> dict[str, Callable[[Any], Candidate]]:
-    """Every provider of a case by name."""
+    """Every provider of a case by name, but for those that it leaves out."""
+    found: dict[str, Callable[[Any], Candidate]]
     if isinstance(case, BilevelCase):
-        return bilevel.bilevel_providers(case)
-    if isinstance(case, StepCase):
-        return models.step_providers(case)
-    if isinstance(case, OperationCase):
-        return operations.operation_providers(case)
-    assert isinstance(case, LayerCase)
-    return peers.layer_providers(case)
+        found = bilevel.bilevel_providers(case)
+    elif isinstance(case, StepCase):
+        found = models.step_providers(case)
+    elif isinstance(case, OperationCase):
+        found = operations.operation_providers(case)
+    elif isinstance(case, LayerCase):
+        found = peers.layer_providers(case)
+    else:
+        raise TypeError(f"no providers for a {type(case).__name__}")
+    return {name: build for name, build in found.items() if not name.startswith(case.without)}
 
 
 def material(case: Case, device: str) -> Any:
@@ -42,8 +46,9 @@ def material(case: Case, device: str) -> Any:
         return models.Workbench(case, device)
     if isinstance(case, OperationCase):
         return operations.Operands(case, device)
-    assert isinstance(case, LayerCase)
-    return peers.Material(case, device)
+    if isinstance(case, LayerCase):
+        return peers.Material(case, device)
+    raise TypeError(f"no tensors for a {type(case).__name__}")
 
 
 def _reason(error: BaseException) -> str:
@@ -82,6 +87,7 @@ def _round(values: Sequence[float]) -> list[float]:
 
 def run_case(case: Case, device: str, piece: int, old: dict[str, Any] | None, deadline: float, log: Log) -> dict[str, Any]:
     """Measure a case, or go on with the rounds that an earlier piece measured."""
+    started = time.monotonic()
     ready, entries = prepare(case, device, log)
     names = {candidate.name for candidate in ready}
     if old is not None:
@@ -96,7 +102,8 @@ def run_case(case: Case, device: str, piece: int, old: dict[str, Any] | None, de
         before = [] if old is None else old["providers"][name]["seconds"]
         entries[name]["seconds"] = before + _round(values)
     pieces = ([] if old is None else old["pieces"]) + [piece] * rounds
-    return {"case": _as_json(case), "floor": case.floor, "pieces": pieces, "providers": entries}
+    elapsed = round(time.monotonic() - started + (0.0 if old is None else old["elapsed"]), 1)
+    return {"case": _as_json(case), "floor": case.floor, "elapsed": elapsed, "pieces": pieces, "providers": entries}
 
 
 def _as_json(case: Case) -> dict[str, Any]:
@@ -146,7 +153,7 @@ def run(
             warnings.simplefilter("ignore")
             entry = run_case(case, device, piece, document["cases"].get(case.id), deadline, log)
         document["cases"][case.id] = entry
-        log(f"[{index + 1}/{len(left)}] {case.id}")
+        log(f"[{index + 1}/{len(left)}] {case.id}  ({entry['elapsed']:.0f} s, {time.monotonic() - started:.0f} s in all)")
         for line in report.case_lines(entry):
             log("  " + line)
         if output is not None:

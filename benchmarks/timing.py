@@ -75,10 +75,10 @@ def clock_for(device: str) -> CpuClock | CudaClock:
 
 
 def _warm_up(candidate: Candidate, clock: CpuClock | CudaClock) -> int:
-    """Run every set of inputs once and return how many calls make a block long enough to time."""
+    """Run every set of inputs once, two calls at least, and return how many calls make a block long enough to time."""
     with candidate.around():
-        candidate.run(max(2, len(candidate.calls)))
-        once = min(clock.seconds(lambda: candidate.run(1)) for _ in range(2))
+        candidate.run(1)
+        once = min(clock.seconds(lambda: candidate.run(1)) for _ in range(max(1, len(candidate.calls) - 1)))
     return max(1, min(200, round(clock.shortest / max(once, 1e-9) + 0.5)))
 
 

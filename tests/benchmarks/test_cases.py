@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 
 import pytest
 
-from benchmarks.cases import ISSUE_MODELS, MODELS, RANKS, SUITES, TOKENS, BilevelCase, DecodeCase, LayerCase, StepCase, suite
+from benchmarks.cases import (
+    COSTLY,
+    ISSUE_MODELS,
+    MODELS,
+    NARROW,
+    RANKS,
+    REFERENCE,
+    SUITES,
+    TOKENS,
+    BilevelCase,
+    DecodeCase,
+    LayerCase,
+    StepCase,
+    suite,
+)
+from benchmarks.run import providers
 from bidora_kernels.cli import add_bench_arguments
 
 
@@ -31,19 +48,40 @@ def test_full_is_the_cross_product() -> None:
     assert wanted <= found
 
 
-def test_cpu_stays_small() -> None:
+def test_cpu_holds_the_narrow_models_in_full_and_one_wide_column() -> None:
     layers = [case for case in suite("cpu") if isinstance(case, LayerCase)]
     assert max(case.tokens for case in layers) <= 4096
-    for case in layers:
-        assert case.model in ("roberta-base", "roberta-large", "gpt2-medium") or (case.out_features, case.in_features) == (
-            4096,
-            4096,
-        )
+    for model in NARROW:
+        for layer in MODELS[model]:
+            found = {(c.kind, c.tokens) for c in layers if (c.model, c.layer, c.r) == (model, layer, 16)}
+            assert found == {("layer", 128), ("layer", 4096), ("decode", 1)}
+            assert {c.r for c in layers if (c.model, c.layer, c.tokens) == (model, layer, 128)} >= {4, 16, 64}
+    wide = [case for case in layers if case.model not in NARROW]
+    assert {(case.out_features, case.in_features) for case in wide} == {(4096, 4096)}
+    assert {case.tokens for case in wide if case.kind == "layer"} == {128, 4096}
+
+
+def test_cpu_steps() -> None:
     for kind in (StepCase, BilevelCase):
         assert {case.targets for case in suite("cpu") if type(case) is kind} == {"all-linear", "q+v"}
-    three = [case for case in suite("cpu") if isinstance(case, StepCase) and case.layers == 3 and case.batch == 8 and case.r == 4]
-    assert len(three) >= 4
-    assert all(case.min_rounds >= 20 for case in three)
+    steps = [case for case in suite("cpu") if type(case) is StepCase and (case.layers, case.batch, case.r) == (3, 8, 4)]
+    assert len(steps) >= 2
+    assert all(case.min_rounds >= 20 for case in steps)
+    assert {c.layers for c in suite("cpu") if type(c) is StepCase and c.batch == 2 and c.r == 4} == {1, 2, 3, 6, 12}
+
+
+def test_what_a_case_leaves_out_is_never_a_peer() -> None:
+    """Time may be saved on this library's own variants and on exact estimators, not on what it is compared with."""
+    for case in suite("cpu"):
+        everything, kept = providers(dataclasses.replace(case, without=())), providers(case)
+        assert set(kept) <= set(everything)
+        gone = {name for name in everything if name not in kept}
+        assert all(name.startswith((*REFERENCE, *COSTLY, "plain function")) for name in gone), gone
+        assert case.floor in kept
+        assert json.loads(json.dumps(case.describe())) == case.describe()
+    for targets in ("all-linear", "q+v"):  # what is left out at full size is there at a quarter of the batch
+        assert any(type(c) is BilevelCase and c.targets == targets and not c.without for c in suite("cpu"))
+        assert any(type(c) is StepCase and c.targets == targets and c.without == REFERENCE for c in suite("cpu"))
 
 
 def test_gpu_has_the_predicted_columns_decode_step_and_bilevel() -> None:

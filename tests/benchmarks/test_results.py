@@ -25,6 +25,7 @@ def document() -> dict[str, Any]:
     made["cases"][CASE_ID] = {
         "case": {"kind": "layer", "min_rounds": 2},
         "floor": "floor",
+        "elapsed": 7.5,
         "pieces": [0, 0],
         "providers": {
             "floor": {**ok, "seconds": [1.0, 1.5]},
@@ -60,6 +61,7 @@ BREAKS = {
     "every round must name one of the 1 pieces": lambda d: d["cases"][CASE_ID].update(pieces=[0, 1]),
     "the floor 'floor' is not among": lambda d: d["cases"][CASE_ID]["providers"].pop("floor"),
     "not among the selected": lambda d: d.update(selected=[]),
+    "elapsed is missing": lambda d: d["cases"][CASE_ID].pop("elapsed"),
     "gpu must be str": lambda d: d["machine"].update(device="cuda"),
 }
 

@@ -43,11 +43,11 @@ SEEDS = (0, 1, 2, 3, 4)
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 SEARCH_SHARE = 0.75  # of the passes
 COMMON = {
-    "model": MINILM, "train_examples": 200, "batch_size": 8, "max_length": 32, "r": 4, "lora_alpha": 8.0, "device": "cpu",
+    "model": MINILM, "train_examples": 200, "batch_size": 8, "max_length": 24, "r": 4, "lora_alpha": 8.0, "device": "cpu",
     "checkpoint_every": 1000,
 }  # fmt: skip
 VALIDATION_BATCH = {"paper-code": 8}  # the train batch, as its authors' code has it; half of it for the others
-DEFAULT_PASSES = 200
+DEFAULT_PASSES = 160
 NOT_DONE = 3  # exit code
 
 

@@ -1,0 +1,147 @@
+"""What one bilevel iteration costs: the paper's Table 10 with its cheaper successors, and this library's gates.
+
+One interleaved run per set of targets, in rotating order; every ratio is taken within a round, then its median over rounds and a
+95 % bootstrap interval. A RoBERTa-base-shaped encoder with random weights, batches of equal size, an upper step every iteration
+but for presets that say otherwise (their iterations are averaged). The estimators that a user would rarely take are timed in a
+shorter run of their own, beside the same peers.
+
+    python -m benchmarks.cost --json benchmarks/results/bilevel-cost.json
+    python -m benchmarks.cost --targets q+v --layers 12 --rounds 5
+    python -m benchmarks.cost --tiny                   # proves that it runs; its times mean nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import machine, memory
+from .bilevel import bilevel_providers
+from .cases import BilevelCase
+from .models import Workbench
+from .peers import Unavailable
+from .timing import Candidate, measure, ratio
+
+TARGETS = ("all-linear", "q+v")
+FLOOR, LORA, DORA, EQ8 = "frozen model", "PEFT LoRA", "PEFT DoRA", "Eq. 8 on PEFT DoRA"
+PEERS = (FLOOR, LORA, DORA, EQ8)
+USUAL = ("FirstOrder", "ForwardDifference", "CentralDifference", "Sama", "balanced", "paper-code")
+DEAR = ("ForwardMode", "DoubleBackward", "Neumann", "ConjugateGradient")
+# (numerator, denominator) -> the most it may be, by targets, at 3 layers on a CPU
+GATES = {
+    ("ForwardDifference", EQ8): {"all-linear": 0.50, "q+v": 0.70},
+    ("balanced", DORA): {"all-linear": 1.2, "q+v": 1.5},
+}
+
+
+def _chosen(case: BilevelCase, labels: tuple[str, ...]) -> dict[str, Callable[[Workbench], Candidate]]:
+    """The providers by label, this library's without the name of its backend."""
+    found = bilevel_providers(case)
+    return {label: build for label in labels for name, build in found.items() if name.split(", bidora")[0] == label}
+
+
+def _ready(bench: Workbench, case: BilevelCase, labels: tuple[str, ...], log: Callable[[str], None]) -> list[Candidate]:
+    candidates = []
+    for label, build in _chosen(case, labels).items():
+        try:
+            candidate = build(bench)
+            candidate.verify()
+        except Unavailable as error:
+            log(f"{label}: {error}")
+            continue
+        candidate.name = label
+        candidates.append(candidate)
+    return candidates
+
+
+def measure_targets(case: BilevelCase, device: str, rounds: int, dear_rounds: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """Seconds of every provider by round, and peak bytes; the dear ones and the peers once more in a run of their own."""
+    bench = Workbench(case, device)
+    found: dict[str, Any] = {"case": case.describe(), "runs": []}
+    for labels, count in ((PEERS + USUAL, rounds), (PEERS + DEAR, dear_rounds)):
+        if count:
+            candidates = _ready(bench, case, labels, log)
+            peaks = {}
+            for candidate in candidates:
+                with candidate.around():
+                    candidate.run(1)
+                    peaks[candidate.name] = memory.peak_bytes(candidate.calls[0], device)
+            times = measure(candidates, device, count, count, 0.0)
+            found["runs"].append({"seconds": {name: [float(f"{s:.5g}") for s in taken] for name, taken in times.items()},
+                                  "peak_bytes": peaks})  # fmt: skip
+    return found
+
+
+def gates(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each gate with the ratio measured; a gate holds where the median is at or below it."""
+    targets, seconds = found["case"]["targets"], found["runs"][0]["seconds"]
+    held = []
+    for (name, other), limits in GATES.items():
+        if name in seconds and other in seconds:
+            got = ratio(seconds[name], seconds[other])
+            held.append({"what": f"{name} / {other}", "limit": limits[targets], "median": got.median, "low": got.low,
+                         "high": got.high, "holds": got.median <= limits[targets]})  # fmt: skip
+    return held
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The tables of one set of targets."""
+    case, out = found["case"], []
+    out.append(f"{case['targets']}, {case['layers']} layers, batch {case['batch']} x {case['sequence']}, r = {case['r']}")
+    for run in found["runs"]:
+        seconds = run["seconds"]
+        count = f"{len(next(iter(seconds.values())))} rounds"
+        out.append(f"{'':20s}  {'ms':>7s}  {'/ PEFT LoRA':>18s}  {'/ floor':>7s}  {'/ Eq. 8':>18s}  {'MiB':>6s}  {count}")
+        for name, taken in seconds.items():
+            lora, floor, eq8 = (ratio(taken, seconds[peer]) for peer in (LORA, FLOOR, EQ8))
+            out.append(
+                f"{name:20s}  {1e3 * statistics.median(taken):7.0f}  {lora.median:6.2f} {lora.low:5.2f}-{lora.high:5.2f}  "
+                f"{floor.median:7.2f}  {eq8.median:6.2f} {eq8.low:5.2f}-{eq8.high:5.2f}  {run['peak_bytes'][name] / 2**20:6.0f}"
+            )
+    for gate in found["gates"]:
+        verdict = "holds" if gate["holds"] else "FAILS"
+        spread = f"[{gate['low']:.3f}, {gate['high']:.3f}]"
+        out.append(f"gate {gate['what']:40s} <= {gate['limit']:.2f}: {gate['median']:.3f} {spread}  {verdict}")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--dear-rounds", type=int, default=5, help="of the estimators that a user would rarely take; 0: none")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="write the results here; sets of targets that are there already are kept")
+    arguments = parser.parse_args(argv)
+    document: dict[str, Any] = {"schema_version": 1, "machine": machine.describe(arguments.device), "results": {}}
+    if arguments.json and arguments.json.exists():
+        document = json.loads(arguments.json.read_text())
+        if document["machine"] != machine.describe(arguments.device):
+            raise SystemExit(f"{arguments.json} holds results of another machine")
+    failed = False
+    for targets in arguments.targets:
+        case = BilevelCase(targets=targets, layers=arguments.layers, r=4)
+        case = case.tiny() if arguments.tiny else case
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = measure_targets(case, arguments.device, arguments.rounds, arguments.dear_rounds, print)
+        found["gates"] = gates(found) if arguments.layers == 3 and not arguments.tiny else []
+        found["piece"] = machine.piece(arguments.device, quick=True)
+        failed |= not all(gate["holds"] for gate in found["gates"])
+        document["results"][f"{targets}, {case.layers} layers"] = found
+        print("\n".join([*lines(found), ""]), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,6 +41,11 @@ class Estimator:
         """Whether `xi` and `unroll` mean something to it."""
         return True
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether a pass goes through second derivatives of the model."""
+        return False
+
     def response(self, loss: TrainLoss, vector: Vector) -> Vector:
         """The w of q(w) from the validation loss's gradient over the directions; the optimizer applies xi or J itself."""
         return vector
@@ -134,6 +139,11 @@ class DoubleBackward(Estimator):
     has one without a second derivative. The oracle of tests, and an exact answer for small models.
     """
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """Yes."""
+        return True
+
     def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
         """One doubly differentiated pass."""
         return loss.double_backward(vector)
@@ -147,6 +157,11 @@ class ForwardMode(Estimator):
     runs on the reference operations under the math SDPA backend, and raises RuntimeError, naming the operator, where the model
     has one without a forward-mode rule. To be taken where an exact term is worth that price.
     """
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Yes."""
+        return True
 
     def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
         """One pass with tangents."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._context import bump_parameter_epoch
+from .sharding import local_part, shard_group, sharded_like, sum_over
 
 ALIGNMENT = 64  # bytes between the starts of two parameters, so that every view is as aligned as a tensor of its own
 
@@ -19,7 +20,8 @@ class FlatParameters:
     """A list of parameters whose values lie in flat buffers, grouped by dtype and device; the parameters are views.
 
     The parameters stay what they were to everybody else: optimizers, `state_dict` and the model's code see the same objects.
-    Padding between parameters is zero and stays zero.
+    Padding between parameters is zero and stays zero. Sharded parameters (FSDP2) keep their storage: here the buffers hold a copy
+    of this process's shards, `set` writes through them, and lengths and inner products are sums over all shards.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -29,10 +31,11 @@ class FlatParameters:
             raise ValueError("a level needs at least one parameter, got none")
         if len({id(parameter) for parameter in self.parameters}) < len(self.parameters):
             raise ValueError("a parameter occurs twice in one level")
+        self.group = shard_group(self.parameters)  # of the processes that hold the other shards, None without sharding
         for parameter in self.parameters:
-            if not parameter.is_floating_point() or parameter.layout != torch.strided or hasattr(parameter, "placements"):
+            if not parameter.is_floating_point() or parameter.layout != torch.strided:
                 raise TypeError(
-                    "parameters must be dense, unsharded and floating-point, got "
+                    "parameters must be dense and floating-point, got "
                     f"{type(parameter.data).__name__} of dtype {str(parameter.dtype).removeprefix('torch.')}"
                 )
         self._shapes = [parameter.shape for parameter in self.parameters]
@@ -40,22 +43,29 @@ class FlatParameters:
         self._alias()
 
     def _alias(self) -> None:
-        """Lay out buffers for the parameters as they are now, copy the values, and make the parameters views."""
+        """Lay out buffers for the parameters as they are now, copy the values, and make unsharded parameters views."""
+        values = self._values()
+        self._part_shapes = [value.shape for value in values]
         sizes: dict[tuple[torch.dtype, torch.device], int] = {}
         self._places: list[tuple[int, int]] = []  # buffer, offset
-        for parameter in self.parameters:
-            key = (parameter.dtype, parameter.device)
+        for value in values:
+            key = (value.dtype, value.device)
             offset = sizes.setdefault(key, 0)
             self._places.append((list(sizes).index(key), offset))
-            quantum = ALIGNMENT // parameter.element_size()
-            sizes[key] = offset + math.ceil(parameter.numel() / quantum) * quantum
+            quantum = ALIGNMENT // value.element_size()
+            sizes[key] = offset + math.ceil(value.numel() / quantum) * quantum
         self.buffers = [torch.zeros(size, dtype=dtype, device=device) for (dtype, device), size in sizes.items()]
         views = self.views(self.buffers)
-        copy_all(views, [parameter.detach() for parameter in self.parameters])
-        for parameter, view in zip(self.parameters, views, strict=True):
-            parameter.data = view
+        copy_all(views, values)
+        if self.group is None:
+            for parameter, view in zip(self.parameters, views, strict=True):
+                parameter.data = view
         self._addresses = [view.data_ptr() for view in views]
         bump_parameter_epoch()
+
+    def _values(self) -> list[Tensor]:
+        """The values of the parameters, or of this process's shards of them, in their own memory."""
+        return [local_part(parameter.detach()) for parameter in self.parameters]
 
     def refresh(self) -> bool:
         """Alias again, values kept, where a parameter's storage was replaced since; returns whether that was so.
@@ -70,7 +80,7 @@ class FlatParameters:
                 raise ValueError(
                     f"a parameter must be {list(shape)}, as when the BilevelOptimizer was made, got {list(parameter.shape)}"
                 )
-            moved |= (
+            moved |= self.group is None and (
                 parameter.data_ptr() != address
                 or parameter.dtype != self.buffers[buffer].dtype
                 or parameter.device != self.buffers[buffer].device
@@ -81,11 +91,15 @@ class FlatParameters:
         return moved
 
     def views(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        """The parts of a vector, one per parameter, in its shape."""
+        """The parts of a vector, one per parameter, in its shape (in its shard's shape)."""
         return [
             vector[buffer][offset : offset + shape.numel()].view(shape)
-            for (buffer, offset), shape in zip(self._places, self._shapes, strict=True)
+            for (buffer, offset), shape in zip(self._places, self._part_shapes, strict=True)
         ]
+
+    def tensors(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of a vector as tensors that are sharded where their parameters are."""
+        return [sharded_like(parameter, view) for parameter, view in zip(self.parameters, self.views(vector), strict=True)]
 
     def zeros(self) -> Vector:
         """A vector of zeros."""
@@ -95,12 +109,26 @@ class FlatParameters:
         """A new vector with one tensor per parameter, None being zero."""
         vector = self.zeros()
         pairs = [(view, tensor) for view, tensor in zip(self.views(vector), tensors, strict=True) if tensor is not None]
-        copy_all([view for view, _ in pairs], [tensor for _, tensor in pairs])  # type: ignore[misc]
+        copy_all([view for view, _ in pairs], [local_part(tensor) for _, tensor in pairs])
         return vector
 
     def clone(self) -> Vector:
         """A copy of the values."""
+        if self.group is not None:
+            return self.gather(self._values())
         return [buffer.clone() for buffer in self.buffers]
+
+    def dot(self, left: Vector, right: Vector) -> Tensor:
+        """The inner product of two vectors, a scalar in fp64 on the first buffer's device."""
+        device = self.buffers[0].device
+        parts = [(a.double() * b.double()).sum().to(device) for a, b in zip(left, right, strict=True)]
+        return sum_over(self.group, torch.stack(parts).sum())
+
+    def norm(self, vector: Vector) -> Tensor:
+        """The length of a vector, a scalar in fp64 on the first buffer's device."""
+        device = self.buffers[0].device
+        parts = [torch.linalg.vector_norm(part, dtype=torch.float64).square().to(device) for part in vector]
+        return sum_over(self.group, torch.stack(parts).sum()).sqrt()
 
     @torch.no_grad()
     def set(self, point: Vector, vector: Vector | None = None, scale: float = 0.0) -> None:
@@ -110,6 +138,8 @@ class FlatParameters:
                 buffer.copy_(point[number])
             else:
                 torch.add(point[number], vector[number], alpha=scale, out=buffer)
+        if self.group is not None:
+            copy_all(self._values(), self.views(self.buffers))
         torch.clear_autocast_cache()
         bump_parameter_epoch()
 
@@ -119,24 +149,6 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     with torch.no_grad():
         if targets:
             torch._foreach_copy_(targets, sources)
-
-
-def squared_norm(vector: Vector) -> Tensor:
-    """The sum of squares of a vector, a scalar in fp64 on the first buffer's device."""
-    device = vector[0].device
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64).square().to(device) for part in vector]
-    return torch.stack(norms).sum()
-
-
-def norm(vector: Vector) -> Tensor:
-    """The length of a vector, a scalar in fp64."""
-    return squared_norm(vector).sqrt()
-
-
-def dot(left: Vector, right: Vector) -> Tensor:
-    """The inner product of two vectors of one layout, a scalar in fp64."""
-    device = left[0].device
-    return torch.stack([(a.double() * b.double()).sum().to(device) for a, b in zip(left, right, strict=True)]).sum()
 
 
 def is_finite(vector: Vector) -> bool:

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from .estimators import CentralDifference, DoubleBackward, Estimator
-from .flat import Vector, add, dot, norm, scaled
+from .flat import Vector, add, scaled
 
 if TYPE_CHECKING:
     from .train_loss import TrainLoss
@@ -26,6 +26,11 @@ class Implicit(Estimator):
         """Check the settings."""
         if not isinstance(self.difference, CentralDifference | DoubleBackward):
             raise TypeError(f"difference must be CentralDifference or DoubleBackward, got {type(self.difference).__name__}")
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """As its difference."""
+        return self.difference.differentiates_twice
 
     @property
     def takes_xi(self) -> bool:
@@ -93,20 +98,20 @@ class ConjugateGradient(Implicit):
     def response(self, loss: TrainLoss, vector: Vector) -> Vector:
         """Conjugate gradients from zero."""
         solution, residual, direction = scaled(vector, 0.0), vector, vector
-        squared = first = float(dot(residual, residual))
+        squared = first = loss.dot(residual, residual)
         for _ in range(self.iterations):
             product = add(self.hessian_product(loss, direction), direction, self.damping)
-            curvature = float(dot(direction, product))
+            curvature = loss.dot(direction, product)
             if not curvature > 0.0:
                 break
             length = squared / curvature
             solution = add(solution, direction, length)
             residual = add(residual, product, -length)
-            previous, squared = squared, float(dot(residual, residual))
+            previous, squared = squared, loss.dot(residual, residual)
             if squared <= 1e-28 * first:
                 break
             direction = add(residual, direction, squared / previous)
-        return solution if float(norm(solution)) > 0.0 else vector
+        return solution if loss.norm(solution) > 0.0 else vector
 
 
 def _check_count(name: str, value: int) -> None:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .estimators import Estimator, FirstOrder
-from .flat import FlatParameters, Vector, add, is_finite, norm, scaled
+from .flat import FlatParameters, Vector, add, is_finite, scaled
 from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
 from .sama import Sama, check_lower_optimizer, step_derivative
+from .sharding import reshard, whole_value
 from .snapshot import Grads, OptimizerState, RandomState, SchedulerState
 from .stats import Advice, Hypergradient, StepStats, step_stats
 from .train_loss import TrainLoss
@@ -34,7 +35,8 @@ class BilevelOptimizer:
     gradient, the hypergradient. grad_scaler: scales every pass; one pass that is not finite skips both updates. compute_dtype:
     what the passes compute in, for the differences' radius; None takes what the DoRA layers saw, else the parameters' dtype.
     difference_batch: train batch -> the part that the second-order term's passes use. process_group: average over its processes;
-    under DistributedDataParallel the default group is taken.
+    under DistributedDataParallel the default group is taken. Under FSDP2 (`fully_shard` before the optimizers are made) every
+    process holds its shards; estimators that differentiate twice, a penalty and a grad_scaler are refused there.
 
     The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
     anything raises changes nothing. After a step `.grad` is None. Random numbers: the train pass runs from the current state, the
@@ -79,6 +81,7 @@ class BilevelOptimizer:
         self._magnitude = FlatParameters(_parameters(upper))
         if {id(p) for p in self._direction.parameters} & {id(p) for p in self._magnitude.parameters}:
             raise ValueError("a parameter is in both the lower and the upper optimizer")
+        self._check_sharding()
         self._distributed = process_group is not None or (
             isinstance(model, nn.parallel.DistributedDataParallel) and dist.is_available() and dist.is_initialized()
         )
@@ -103,6 +106,20 @@ class BilevelOptimizer:
             raise TypeError(f"compute_dtype must be a floating-point dtype, got {self.compute_dtype}")
         if isinstance(self.estimator, Sama):
             check_lower_optimizer(self.lower)
+
+    def _check_sharding(self) -> None:
+        if (self._direction.group is None) != (self._magnitude.group is None):
+            raise TypeError("the parameters of both levels must be sharded, or of neither")
+        if self._direction.group is None:
+            return
+        if self.estimator.differentiates_twice:
+            raise TypeError(
+                f"{self.estimator!r} differentiates twice, which sharded parameters do not allow: take Sama(), "
+                "ForwardDifference() or CentralDifference()"
+            )
+        for name in ("penalty", "grad_scaler", "process_group"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is not supported with sharded parameters")
 
     @property
     def needs_validation(self) -> bool:
@@ -129,7 +146,7 @@ class BilevelOptimizer:
                 undo.restore(random_state=False)
                 self._tell_scaler(finite=False)
                 _clear_grads(self)
-                return step_stats(result, watch, skipped=str(error))
+                return step_stats(result, watch, self._magnitude, skipped=str(error))
         except BaseException:
             undo.restore()
             raise
@@ -152,8 +169,8 @@ class BilevelOptimizer:
             self._compute(result, watch, undo, loss_fn, train_batch, val_batch, keep=False)
             direct, second_order = self._terms(result)
             if not terms:
-                return self._magnitude.views(self._capped(direct, second_order)[0])
-            return self._magnitude.views(direct), self._magnitude.views(second_order)
+                return self._magnitude.tensors(self._capped(direct, second_order)[0])
+            return self._magnitude.tensors(direct), self._magnitude.tensors(second_order)
         except NonFinitePass as error:
             raise FloatingPointError(str(error)) from None
         finally:
@@ -224,7 +241,7 @@ class BilevelOptimizer:
 
     def _second_order(self, loss: TrainLoss, vector: Vector) -> Vector | None:
         """-q(vector), or None where the vector is zero or its length underflows."""
-        if float(norm(vector)) < torch.finfo(vector[0].dtype).tiny:
+        if float(self._direction.norm(vector)) < torch.finfo(vector[0].dtype).tiny:
             return None
         return scaled(self.estimator.mixed_derivative(loss, self.estimator.response(loss, vector)), -1.0)
 
@@ -236,7 +253,7 @@ class BilevelOptimizer:
         clip = 1.0
         if self.lower_max_norm is not None:
             total = torch.nn.utils.clip_grad_norm_(parameters, self.lower_max_norm)
-            clip = min(1.0, self.lower_max_norm / (float(total) + 1e-6))
+            clip = min(1.0, self.lower_max_norm / (whole_value(total) + 1e-6))
         jacobian = None
         if isinstance(self.estimator, Sama):
             jacobian = step_derivative(self.lower, self._direction, grads, self.estimator.horizon, clip)
@@ -267,7 +284,7 @@ class BilevelOptimizer:
     def _capped(self, direct: Vector, second_order: Vector) -> tuple[Vector, bool]:
         """direct + second_order, the latter cut to Sama's max_ratio, and whether it was."""
         ratio = getattr(self.estimator, "max_ratio", math.inf)
-        length, limit = float(norm(second_order)), ratio * float(norm(direct))
+        length, limit = float(self._magnitude.norm(second_order)), ratio * float(self._magnitude.norm(direct))
         if length > limit:
             return add(direct, second_order, limit / length), True
         return add(direct, second_order), False
@@ -278,18 +295,18 @@ class BilevelOptimizer:
         if result.direct is not None:
             direct, second_order = self._terms(result)
             hypergradient, capped = self._capped(direct, second_order)
-            stats = step_stats(result, watch, hypergradient, capped)
+            stats = step_stats(result, watch, self._magnitude, hypergradient, capped)
             if self.grad_scaler is not None and not is_finite(hypergradient):
                 raise NonFinitePass("the hypergradient is not finite")
-            for parameter, view in zip(self._magnitude.parameters, self._magnitude.views(hypergradient), strict=True):
-                parameter.grad = view
+            for parameter, grad in zip(self._magnitude.parameters, self._magnitude.tensors(hypergradient), strict=True):
+                parameter.grad = grad
             if self.upper_max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self._magnitude.parameters, self.upper_max_norm)
             self.upper.step()
             for parameter in self._magnitude.parameters:
                 parameter.grad = None
         else:
-            stats = step_stats(result, watch)
+            stats = step_stats(result, watch, self._magnitude)
         self._tell_scaler(finite=True)
         if self.lower_scheduler is not None:
             self.lower_scheduler.step()
@@ -354,6 +371,8 @@ class _Undo:
         """Put everything back, the random state too unless told to leave it where the passes came to."""
         self._owner._direction.set(self.direction)
         self._owner._magnitude.set(self.magnitude)
+        if self._owner._direction.group is not None:
+            reshard(self._owner.model)
         for part in reversed(self._parts):
             part.restore()
         self._grads.restore()

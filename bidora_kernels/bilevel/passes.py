@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops._context import pass_mode
 from .flat import FlatParameters, Vector
+from .sharding import sum_over
 
 LossFunction = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar mean loss
 
@@ -209,8 +210,10 @@ class Passes:
                 part.div_(dist.get_world_size(self._group))
 
     def average_loss(self, loss: Tensor) -> Tensor:
-        """The mean of a loss over processes."""
+        """The mean of a loss over processes; FSDP2 averages gradients itself, but not losses."""
         self.average([loss])
+        if self.lower.group is not None:
+            sum_over(self.lower.group, loss).div_(dist.get_world_size(self.lower.group))
         return loss
 
 

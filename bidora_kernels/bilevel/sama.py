@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .estimators import CentralDifference, DoubleBackward, Estimator, ForwardDifference
 from .flat import FlatParameters, Vector
+from .sharding import local_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Sama(Estimator):
         return self.difference.reuses_lower_gradient
 
     @property
+    def differentiates_twice(self) -> bool:
+        """As its difference."""
+        return self.difference.differentiates_twice
+
+    @property
     def takes_xi(self) -> bool:
         """No: J has the learning rate in it."""
         return False
@@ -82,7 +88,8 @@ def step_derivative(
     A parameter without a gradient is not moved, so its J is 0. `clip` is the coefficient that was applied to the gradients.
     """
     optimizer = check_lower_optimizer(optimizer)
-    given = {parameter: grad for parameter, grad in zip(flat.parameters, grads, strict=True) if grad is not None}
+    pairs = zip(flat.parameters, grads, strict=True)
+    given = {parameter: local_part(grad) for parameter, grad in pairs if grad is not None}
     results: dict[torch.nn.Parameter, Tensor] = {}
     for group in optimizer.param_groups:
         parameters = [parameter for parameter in group["params"] if parameter in given]
@@ -108,7 +115,9 @@ def _sgd(
     results = {}
     for parameter in parameters:
         started = momentum != 0.0 and optimizer.state[parameter].get("momentum_buffer") is not None
-        results[parameter] = torch.full_like(parameter, factor * (1.0 - group["dampening"] if started else 1.0))
+        results[parameter] = torch.full_like(
+            local_part(parameter.detach()), factor * (1.0 - group["dampening"] if started else 1.0)
+        )
     return results
 
 
@@ -127,18 +136,19 @@ def _adam(
     results = {}
     for (dtype, device, step), members in _alike(optimizer, parameters).items():
         del dtype, device
-        states = [optimizer.state[parameter] for parameter in members]
+        states = [optimizer.state[parameter] for parameter in members] if step > 1 else []
+        values = [local_part(parameter.detach()) for parameter in members]
         grads = [given[parameter] for parameter in members]
         if group["weight_decay"] and decays_gradient:
-            grads = list(torch._foreach_add(grads, members, alpha=group["weight_decay"]))
+            grads = list(torch._foreach_add(grads, values, alpha=group["weight_decay"]))
         correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
         # m_hat and sqrt(v_hat) as they will be in the step
         first = list(torch._foreach_mul(grads, (1.0 - beta1) / correction1))
         second = list(torch._foreach_mul(grads, grads))
         torch._foreach_mul_(second, (1.0 - beta2) / correction2)
         if step > 1:
-            torch._foreach_add_(first, [state["exp_avg"] for state in states], alpha=beta1 / correction1)
-            torch._foreach_add_(second, [state["exp_avg_sq"] for state in states], alpha=beta2 / correction2)
+            torch._foreach_add_(first, [local_part(state["exp_avg"]) for state in states], alpha=beta1 / correction1)
+            torch._foreach_add_(second, [local_part(state["exp_avg_sq"]) for state in states], alpha=beta2 / correction2)
         root = list(torch._foreach_sqrt(second))
         del second
         denominator = list(torch._foreach_add(root, float(group["eps"])))

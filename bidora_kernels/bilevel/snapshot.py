@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .flat import copy_all
+from .sharding import local_part
 
 
 class RandomState:
@@ -42,7 +43,8 @@ class OptimizerState:
         """Copy every tensor of the state, and the groups' settings."""
         self._optimizer = optimizer
         self._entries = {parameter: dict(state) for parameter, state in optimizer.state.items()}
-        tensors = [value for state in self._entries.values() for value in state.values() if torch.is_tensor(value)]
+        values = (value for state in self._entries.values() for value in state.values())
+        tensors = [local_part(value) for value in values if torch.is_tensor(value)]
         self._tensors = list(zip(tensors, _packed(tensors), strict=True))
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         self._rates = [(value, value.clone()) for group in self._groups for value in group.values() if torch.is_tensor(value)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .flat import Vector, dot, norm
+from .flat import FlatParameters, Vector
 from .passes import Stopwatch
 
 NEGLIGIBLE = 1e-2  # of the first-order term
@@ -56,25 +56,26 @@ class Hypergradient:
 def step_stats(
     result: Hypergradient,
     watch: Stopwatch,
+    flat: FlatParameters,
     hypergradient: Vector | None = None,
     capped: bool | None = None,
     skipped: str | None = None,
 ) -> StepStats:
-    """The numbers of a step."""
+    """The numbers of a step; `flat` are the magnitudes."""
     cosine = direct_norm = second_norm = None
     if hypergradient is not None and result.direct is not None:
-        direct_norm, second_norm = float(norm(result.direct)), 0.0
+        direct_norm, second_norm = float(flat.norm(result.direct)), 0.0
         if result.second_order is not None:
-            second_norm = float(norm(result.second_order))
+            second_norm = float(flat.norm(result.second_order))
             lengths = direct_norm * second_norm
-            cosine = float(dot(result.direct, result.second_order)) / lengths if lengths > 0 else None
+            cosine = float(flat.dot(result.direct, result.second_order)) / lengths if lengths > 0 else None
     return StepStats(
         train_loss=None if result.train_loss is None else float(result.train_loss),
         validation_loss=None if result.validation_loss is None else float(result.validation_loss),
         direct_norm=direct_norm,
         second_order_norm=second_norm,
         cosine=cosine,
-        hypergradient_norm=None if hypergradient is None else float(norm(hypergradient)),
+        hypergradient_norm=None if hypergradient is None else float(flat.norm(hypergradient)),
         ratio_capped=capped,
         radius=result.radius,
         passes=watch.passes,

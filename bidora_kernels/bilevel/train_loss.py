@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops._context import pass_mode
 from .estimators import noise_floor, relative_radius
-from .flat import Vector, add, norm, scaled
+from .flat import Vector, add, scaled
 from .passes import LossFunction, Passes, checked_loss, parts_of
 from .snapshot import RandomState
 
@@ -50,9 +50,17 @@ class TrainLoss:
         """The e of a difference along `vector`: the radius over the vector's length."""
         if relative is None:
             relative = relative_radius(self._compute_dtype, central)
-        scale = float(norm(self.before))
+        scale = self.norm(self.before)
         self.radius = relative * (scale if scale > 0.0 else 1.0)
-        return self.radius / float(norm(vector))
+        return self.radius / self.norm(vector)
+
+    def norm(self, vector: Vector) -> float:
+        """The length of a vector over the directions."""
+        return float(self._passes.lower.norm(vector))
+
+    def dot(self, left: Vector, right: Vector) -> float:
+        """The inner product of two vectors over the directions."""
+        return float(self._passes.lower.dot(left, right))
 
     def magnitude_gradient(self, point: Vector, vector: Vector | None = None, step: float = 0.0) -> Vector:
         """grad_M L_train at `point + step * vector`."""
@@ -70,8 +78,9 @@ class TrainLoss:
     def difference(self, plus: Vector, minus: Vector, width: float) -> Vector:
         """(plus - minus) / width; `signal` is the change of the gradient over its noise floor."""
         change = [a - b for a, b in zip(plus, minus, strict=True)]
-        floor = noise_floor(self._compute_dtype) * norm(plus)
-        self.signal = float(norm(change) / floor.clamp(min=torch.finfo(torch.float64).tiny))
+        upper = self._passes.upper
+        floor = noise_floor(self._compute_dtype) * upper.norm(plus)
+        self.signal = float(upper.norm(change) / floor.clamp(min=torch.finfo(torch.float64).tiny))
         return scaled(change, 1.0 / width)
 
     def double_backward(self, vector: Vector, over: str = "magnitude") -> Vector:
@@ -120,8 +129,7 @@ class TrainLoss:
 
     def hessian_difference(self, vector: Vector, relative: float | None = None) -> Vector:
         """A Hessian-vector product over the directions by a central difference of their gradient, the norm differentiated."""
-        length = float(norm(vector))
-        if length == 0.0:
+        if self.norm(vector) == 0.0:
             return self._passes.lower.zeros()
         step = self.step_size(vector, relative, central=True)
         sides = []

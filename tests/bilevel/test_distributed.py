@@ -1,4 +1,4 @@
-"""Two processes with half the batch each take the step that one process takes with the whole batch."""
+"""Two processes with half the batch each take the step that one process takes with the whole batch: DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
 
 import bidora_kernels as bk
 
-from .problems import bert_loss, bert_optimizer, error, flat, small_bert
+from .problems import bert_loss, error, flat, small_bert
 
 ESTIMATORS = [
-    bk.FirstOrder(), bk.CentralDifference(), bk.CentralDifference(at="after"), bk.ForwardDifference(), bk.ForwardMode(),
-    bk.DoubleBackward(), bk.Sama(), bk.Neumann(terms=2, step=1e-3), bk.ConjugateGradient(iterations=2, damping=1.0),
+    bk.FirstOrder(), bk.FirstOrder(at="before"), bk.CentralDifference(), bk.CentralDifference(at="after"),
+    bk.ForwardDifference(), bk.ForwardMode(), bk.DoubleBackward(), bk.Sama(), bk.Neumann(terms=2, step=1e-3),
+    bk.ConjugateGradient(iterations=2, damping=1.0),
+]  # fmt: skip
+
+
+SHARDED = [
+    bk.Sama(max_ratio=0.01), bk.Sama(), bk.FirstOrder(), bk.ForwardDifference(), bk.CentralDifference(),
+    bk.ConjugateGradient(iterations=2, damping=1.0),
+]  # fmt: skip
+REFUSED = [
+    bk.DoubleBackward(), bk.ForwardMode(), bk.Sama(bk.DoubleBackward()), bk.Neumann(difference=bk.DoubleBackward()),
 ]  # fmt: skip
 
 
@@ -27,16 +38,29 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(2, 40, (4, 7), generator=generator), torch.randint(3, (4,), generator=generator)
 
 
-def two_steps(estimator: Any, train: Any, validation: Any, wrap: Any = None) -> tuple[torch.Tensor, Any]:
+def two_steps(estimator: Any, train: Any, validation: Any, wrap: Any = None, lower: Any = torch.optim.SGD) -> tuple[Any, Any]:
     model = small_bert()
-    optimizer = bert_optimizer(model, torch.optim.SGD, estimator=estimator, lower_max_norm=0.5)
-    if wrap is not None:
-        optimizer = bk.BilevelOptimizer(
-            wrap(model), lower=optimizer.lower, upper=optimizer.upper, estimator=estimator, lower_max_norm=0.5
-        )  # fmt: skip
+    direction, magnitude = bk.split_parameters(model)
+    wrapped = model if wrap is None else wrap(model)
+    if wrap is shard:
+        direction, magnitude = bk.split_parameters(model)  # fully_shard puts other parameters in their place
+    optimizer = bk.BilevelOptimizer(
+        wrapped, lower=lower(direction, lr=1e-2), upper=torch.optim.AdamW(magnitude, lr=1e-2), estimator=estimator,
+        lower_max_norm=0.5,
+    )  # fmt: skip
     for _ in range(2):
+        if wrap is shard:
+            optimizer.hypergradient(bert_loss, train, validation)  # leaves no trace
         stats = optimizer.step(bert_loss, train, validation)
-    return flat([parameter for group in bk.split_parameters(model) for parameter in group]), stats
+    values = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in (*direction, *magnitude)]
+    return flat(values), stats
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    """As FSDP2 is used: every layer, then the whole."""
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    return fully_shard(model)
 
 
 def process(rank: int, port: int, folder: str) -> None:
@@ -45,10 +69,51 @@ def process(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     half = slice(2 * rank, 2 * rank + 2)
     train, validation = ((ids[half], labels[half]) for ids, labels in (batch(1), batch(2)))
-    train, validation = tuple(train), tuple(validation)
-    results = [two_steps(e, train, validation, torch.nn.parallel.DistributedDataParallel) for e in ESTIMATORS]
-    torch.save([(values, stats.train_loss, stats.hypergradient_norm) for values, stats in results], f"{folder}/{rank}.pt")
+    found = {}
+    found["ddp"] = [two_steps(e, train, validation, torch.nn.parallel.DistributedDataParallel) for e in ESTIMATORS]
+    found["fsdp, SGD"] = [two_steps(e, train, validation, shard) for e in SHARDED]
+    found["fsdp, AdamW"] = [two_steps(e, train, validation, shard, torch.optim.AdamW) for e in SHARDED[:2]]
+    refusals = [refusal(estimator=estimator) for estimator in REFUSED]
+    refusals += [refusal(penalty=bk.OrthogonalPenalty(0.1)), refusal(grad_scaler=torch.amp.GradScaler("cpu"))]
+    failed_step_changes_nothing(train, validation)
+    numbers = ("train_loss", "validation_loss", "direct_norm", "second_order_norm", "cosine", "radius", "hypergradient_norm")
+    results = {
+        name: [(values, {n: getattr(stats, n) for n in numbers}) for values, stats in pairs] for name, pairs in found.items()
+    }
+    torch.save((results, refusals), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def refusal(**options: Any) -> str:
+    model = shard(small_bert())
+    direction, magnitude = bk.split_parameters(model)
+    try:
+        bk.BilevelOptimizer(model, lower=torch.optim.SGD(direction, lr=0.1), upper=torch.optim.SGD(magnitude, lr=0.1), **options)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return "not refused"
+
+
+def failed_step_changes_nothing(train: Any, validation: Any) -> None:
+    model = shard(small_bert())
+    direction, magnitude = bk.split_parameters(model)
+    optimizer = bk.BilevelOptimizer(
+        model, lower=torch.optim.AdamW(direction, lr=1e-2), upper=torch.optim.AdamW(magnitude, lr=1e-2)
+    )
+    optimizer.step(bert_loss, train, validation)
+    before = [p.to_local().clone() for p in (*direction, *magnitude)]
+    calls = 0
+
+    def failing(model: torch.nn.Module, given: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise ArithmeticError
+        return bert_loss(model, given)
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step(failing, train, validation)
+    assert all(torch.equal(p.to_local(), old) for p, old in zip((*direction, *magnitude), before, strict=True))
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo backend")
@@ -57,11 +122,19 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(process, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, refusals), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     start = flat([p for group in bk.split_parameters(small_bert()) for p in group])
-    for estimator, (values, loss, length), (other, *_) in zip(ESTIMATORS, first, second, strict=True):
-        assert torch.equal(values, other), f"the processes part with {estimator}"
-        wanted, stats = two_steps(estimator, batch(1), batch(2))
-        assert error(values - start, wanted - start) < 1e-5, estimator
-        assert loss == pytest.approx(stats.train_loss)
-        assert length == pytest.approx(stats.hypergradient_norm, rel=1e-5)
+    for name, estimators, lower in (
+        ("ddp", ESTIMATORS, torch.optim.SGD), ("fsdp, SGD", SHARDED, torch.optim.SGD),
+        ("fsdp, AdamW", SHARDED[:2], torch.optim.AdamW),
+    ):  # fmt: skip
+        for estimator, (values, numbers), (other, others) in zip(estimators, first[name], second[name], strict=True):
+            assert torch.equal(values, other), f"the processes part with {estimator}, {name}"
+            assert numbers == others
+            wanted, stats = two_steps(estimator, batch(1), batch(2), lower=lower)
+            assert error(values - start, wanted - start) < 1e-5, (estimator, name)
+            for key, number in numbers.items():
+                alone = getattr(stats, key)
+                assert (number == alone) if alone is None else (number == pytest.approx(alone, rel=1e-5)), (estimator, name, key)
+    assert all("differentiates twice" in text for text in refusals[:4])
+    assert ["penalty is not supported" in refusals[4], "grad_scaler is not supported" in refusals[5]] == [True, True]

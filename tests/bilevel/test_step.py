@@ -366,5 +366,5 @@ def test_presets(name: str, ratio: float | None, start: str) -> None:
     if ratio is not None:
         assert chosen.validation_batch_ratio == ratio
     assert bert_optimizer(small_bert(), **chosen.optimizer).step(bert_loss, TRAIN, VALIDATION).skipped is None
-    with pytest.raises(ValueError, match="balanced, paper, paper-code"):
+    with pytest.raises(ValueError, match="balanced, first-order, paper, paper-code"):
         bk.preset("best")

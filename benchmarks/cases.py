@@ -211,7 +211,8 @@ def layer_cases(models: tuple[str, ...], tokens: tuple[int, ...], ranks: tuple[i
                     )
 
 
-def _layer(model: str, layer: str, tokens: int, r: int, dtype: str, kind=LayerCase, **more):
+def layer_case(model: str, layer: str, tokens: int, r: int, dtype: str, kind=LayerCase, **more):
+    """One layer of MODELS."""
     return next(
         dataclasses.replace(case, **more) for case in layer_cases((model,), (tokens,), (r,), dtype, kind) if case.layer == layer
     )
@@ -234,10 +235,10 @@ def _llama(kind: type[StepCase], **more: object) -> StepCase:
 
 def _smoke() -> Iterator[Case]:
     short = {"min_rounds": 3, "max_rounds": 3, "max_sets": 3}
-    yield _layer("roberta-base", "attention", 128, 4, "fp32", **short)
-    yield _layer("gpt2-medium", "attn.c_proj", 128, 16, "fp32", **short)
-    yield _layer("roberta-base", "attention", 24, 4, "bf16", **short)
-    yield _layer("roberta-base", "intermediate", 1, 16, "fp32", DecodeCase, **short)
+    yield layer_case("roberta-base", "attention", 128, 4, "fp32", **short)
+    yield layer_case("gpt2-medium", "attn.c_proj", 128, 16, "fp32", **short)
+    yield layer_case("roberta-base", "attention", 24, 4, "bf16", **short)
+    yield layer_case("roberta-base", "intermediate", 1, 16, "fp32", DecodeCase, **short)
     for operation in ("weight_norm", "merged_weight", "orthogonality_penalty"):
         yield OperationCase(operation=operation, out_features=768, in_features=768, r=8, **short)
     small = {"layers": 1, "batch": 4, "sequence": 16, "hidden": 64, "intermediate": 128, "heads": 4, "model": "roberta-small"}
@@ -247,15 +248,15 @@ def _smoke() -> Iterator[Case]:
 
 NARROW = ("roberta-base", "roberta-large", "gpt2-medium")
 REFERENCE = ("bidora (reference)",)  # never what auto takes where the native library is there
-# of the bilevel table at full size; at a quarter of the batch every estimator is measured
+# of the bilevel table at three layers; at one layer every estimator is measured (python -m benchmarks.cost: all of it, 20 rounds)
 COSTLY = ("FirstOrder", "CentralDifference", "Neumann", "ConjugateGradient", "ForwardMode", "DoubleBackward", "paper-code")
 
 
 def _cpu() -> Iterator[Case]:
     for targets in ("all-linear", "q+v"):
         yield StepCase(targets=targets, without=REFERENCE)
-        yield BilevelCase(targets=targets, min_rounds=5, max_rounds=5, without=COSTLY)
-        yield BilevelCase(targets=targets, batch=2, min_rounds=5, max_rounds=5)
+        yield BilevelCase(targets=targets, batch=4, min_rounds=5, max_rounds=5, without=COSTLY)
+    yield BilevelCase(layers=1, batch=4, min_rounds=5, max_rounds=5)
     growth = {"batch": 2, "min_rounds": 5, "max_rounds": 5, "without": (*REFERENCE, "plain function")}
     for layers in (1, 2, 3, 6, 12):
         yield StepCase(**{**growth, "layers": layers})
@@ -286,15 +287,16 @@ def _cpu_layers() -> Iterator[Case]:
         if (case.model, case.layer) == ("roberta-base", "attention"):
             yield dataclasses.replace(case, compiled=case.r == 16, plans=case.r == 16)
         elif case.r == 16:
-            yield dataclasses.replace(case, without=REFERENCE if case.out_features != case.in_features else ())
+            wide = max(case.out_features, case.in_features) > 1024
+            yield dataclasses.replace(case, min_rounds=4, without=REFERENCE) if wide else case
     for case in layer_cases(NARROW, (1,), (4, 16, 64), "fp32", DecodeCase, seconds=1.0):
         if case.r == 16 or case.layer in ("attention", "c_attn"):
             yield case
     wide = {"seconds": 4.0, "max_rounds": 20}
     for tokens in (1, 8, 128):
-        yield _layer("llama-2-7b", "q_proj", tokens, 16, "fp32", DecodeCase, compiled=tokens == 1, plans=tokens > 1, **wide)
-    yield _layer("llama-2-7b", "q_proj", 128, 16, "fp32", compiled=True, plans=True, **wide)
-    yield _layer("llama-2-7b", "q_proj", 4096, 16, "fp32", seconds=0.0, min_rounds=3, without=REFERENCE)
+        yield layer_case("llama-2-7b", "q_proj", tokens, 16, "fp32", DecodeCase, compiled=tokens == 1, plans=tokens > 1, **wide)
+    yield layer_case("llama-2-7b", "q_proj", 128, 16, "fp32", compiled=True, plans=True, **wide)
+    yield layer_case("llama-2-7b", "q_proj", 4096, 16, "fp32", seconds=0.0, min_rounds=3, without=REFERENCE)
 
 
 # the columns of the table of predictions: (model, layer, tokens, r)
@@ -309,10 +311,10 @@ GPU_COLUMNS = (
 
 def _gpu() -> Iterator[Case]:
     for model, layer, tokens, r in GPU_COLUMNS:
-        yield _layer(model, layer, tokens, r, "bf16", compiled=True, plans=True, max_rounds=40)
+        yield layer_case(model, layer, tokens, r, "bf16", compiled=True, plans=True, max_rounds=40)
     yield _llama(StepCase)
     yield _llama(BilevelCase)
-    yield _layer("llama-2-7b", "q_proj", 1, 16, "bf16", DecodeCase, compiled=True, graph=True)
+    yield layer_case("llama-2-7b", "q_proj", 1, 16, "bf16", DecodeCase, compiled=True, graph=True)
     for operation in ("weight_norm", "merged_weight"):
         for r in (4, 16):
             yield OperationCase(operation=operation, out_features=8192, in_features=8192, r=r, dtype="bf16", max_rounds=40)

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from . import predict
 from .machine import label
-from .report import case_ceilings, measured, of_kind, our_provider, quantiles, ratio
+from .tables import case_ceilings, measured, of_kind, our_provider
+from .timing import quantiles, ratio
 
 Document = dict[str, Any]
 COLORS = {"frozen": "#9a9a9a", "merged": "#9a9a9a", "PEFT LoRA": "#4c78a8", "PEFT DoRA": "#e45756", "Eq. 8": "#e45756"}
@@ -158,7 +159,7 @@ def roofline_chart(document: Document) -> Figure | None:
 def _growth(document: Document, kind: str, field: str) -> dict[str, list[tuple[float, float]]]:
     """By provider: (value of `field`, ms) of the largest group of cases that differ in that field alone."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    ignored = {field, "min_rounds", "max_rounds", "seconds", "compiled"}
+    ignored = {field, "min_rounds", "max_rounds", "max_sets", "seconds", "compiled", "plans", "without"}
     for entry in of_kind(document, kind).values():
         key = repr(sorted((name, value) for name, value in entry["case"].items() if name not in ignored))
         groups.setdefault(key, []).append(entry)

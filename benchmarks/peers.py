@@ -24,7 +24,7 @@ from .cases import DTYPES, DecodeCase, LayerCase
 from .timing import Candidate
 
 BACKENDS = ("native", "triton", "reference")
-LAYER_PLANS = ("activation", "weight")
+LAYER_PLANS = {"native": ("activation plan", "weight plan"), "triton": ("activation plan", "weight plan", "weight plan, W' kept")}
 
 
 class Unavailable(RuntimeError):
@@ -55,18 +55,26 @@ def need_backend(backend: str, device: str) -> None:
 
 
 @contextlib.contextmanager
-def plan_context(backend: str, plan: str | None) -> Iterator[None]:
-    """Run this library on one backend, held to one plan; None leaves the choice to it. Raises Unavailable without such a plan."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(bk.use_backend(backend))
-        if plan is not None:
-            if backend != "native":
-                raise Unavailable(f"the {backend} backend has one plan")
-            from bidora_kernels.ops import _native_plan
-
-            # the choice is the library's own: what makes it is replaced
-            stack.enter_context(mock.patch.object(_native_plan, "weight_plan_pays", return_value=plan == "weight"))
+def native_plan(plan: str | None) -> Iterator[None]:
+    """Hold the native backend, which chooses for itself, to one plan by replacing what makes the choice; None leaves it."""
+    if plan is None:
         yield
+        return
+    from bidora_kernels.ops import _native_plan
+
+    with mock.patch.object(_native_plan, "weight_plan_pays", return_value=plan.startswith("weight")):
+        yield
+
+
+def force_triton_plan(layer: Any, plan: str, tokens: int) -> None:
+    """Hold a layer to one plan of the triton backend. Raises Unavailable where it does not take it."""
+    if not hasattr(layer, "forced_plan"):
+        raise Unavailable("this version of the triton backend has one plan")
+    layer.forced_plan, kept = plan.split(" ")[0], "kept" in plan
+    layer.reuse = 1_000_000 if kept else 1
+    taken = layer.plan(tokens)
+    if (taken.name, taken.kept) != (layer.forced_plan, kept):
+        raise Unavailable(f"the library takes the {taken}")
 
 
 def need_package(name: str) -> None:
@@ -267,10 +275,16 @@ def _bidora(material: Material, backend: str, merged: bool = False, plan: str | 
         layer.train(train)
         if merged:
             layer.merge()
+        if plan is not None and backend == "triton":
+            force_triton_plan(layer, plan, material.case.tokens)
         return layer, {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "magnitude": layer.magnitude}
 
-    name = ours(backend) + (" merged" if merged else "") + (f", {plan} plan" if plan else "")
-    around = functools.partial(plan_context, backend, plan)
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        with bk.use_backend(backend), native_plan(plan if backend == "native" else None):
+            yield
+
+    name = ours(backend) + (" merged" if merged else "") + (f", {plan}" if plan else "")
     with around():
         return layer_candidate(name, material, "dora", make, around, graph)
 
@@ -368,9 +382,8 @@ def layer_providers(case: LayerCase) -> dict[str, Builder]:
         found["reference, torch.compile"] = _compiled
     for backend in BACKENDS:
         found[ours(backend)] = functools.partial(_bidora, backend=backend)
-        if case.plans and backend != "reference":
-            for plan in LAYER_PLANS:
-                found[f"{ours(backend)}, {plan} plan"] = functools.partial(_bidora, backend=backend, plan=plan)
+        for plan in LAYER_PLANS.get(backend, ()) if case.plans else ():
+            found[f"{ours(backend)}, {plan}"] = functools.partial(_bidora, backend=backend, plan=plan)
     if decode:
         found["bidora merged"] = lambda m: dataclasses.replace(_bidora(m, "reference", merged=True), name="bidora merged")
     if isinstance(case, DecodeCase) and case.graph:

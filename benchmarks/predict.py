@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .cases import GPU_COLUMNS, MODELS, OperationCase
+from .cases import OperationCase
 from .operations import bytes_counted, operations_counted
 
 
@@ -29,6 +29,7 @@ class Kernel(NamedTuple):
     name: str
     bytes: float
     operations: float = 0.0
+    full_product: bool = False  # x W or dy W, which the frozen layer takes as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ Plan = list[Kernel]
 
 
 def _product(s: Shape, name: str = "x W") -> Kernel:
-    return Kernel(name, s.size * (s.tokens * (s.inner + s.out) + s.out * s.inner), 2.0 * s.tokens * s.out * s.inner)
+    return Kernel(name, s.size * (s.tokens * (s.inner + s.out) + s.out * s.inner), 2.0 * s.tokens * s.out * s.inner, True)
 
 
 def _over_inputs(s: Shape, name: str) -> Kernel:
@@ -157,7 +158,7 @@ def native_activation_plan(s: Shape) -> Plan:
 
 
 def native(s: Shape) -> Plan:
-    """The cheaper native plan by bytes, as the library chooses."""
+    """The native plan that moves fewer bytes; the library makes the choice for each direction by the same count."""
     plans = (native_weight_plan(s), native_activation_plan(s))
     return min(plans, key=lambda plan: sum(kernel.bytes for kernel in plan))
 
@@ -185,6 +186,11 @@ def triton_weight_plan(s: Shape) -> Plan:
     return [write, _product(s)] + (gradients if s.train else [])
 
 
+def triton_kept_plan(s: Shape) -> Plan:
+    """Triton: W' of an earlier pass with the same parameters."""
+    return triton_weight_plan(s)[1:]
+
+
 PLANS: dict[str, Callable[[Shape], Plan]] = {
     "frozen linear": frozen,
     "merged linear": frozen,
@@ -194,7 +200,12 @@ PLANS: dict[str, Callable[[Shape], Plan]] = {
     "PEFT DoRA, DoraCaching": lambda s: peft_dora(s, norm=False),
     "plain function": plain_function,
     "bidora (native)": native,
+    "bidora (native), activation plan": native_activation_plan,
+    "bidora (native), weight plan": native_weight_plan,
     "bidora (triton)": triton_activation_plan,
+    "bidora (triton), activation plan": triton_activation_plan,
+    "bidora (triton), weight plan": triton_weight_plan,
+    "bidora (triton), weight plan, W' kept": triton_kept_plan,
     "bidora merged": frozen,
 }
 
@@ -220,113 +231,3 @@ def operation_counts(case: dict[str, Any]) -> Counts:
     fields = {field.name for field in dataclasses.fields(OperationCase)}
     rebuilt = OperationCase(**{name: value for name, value in case.items() if name in fields})
     return Counts(bytes_counted(rebuilt), operations_counted(rebuilt))
-
-
-def measured_ceilings(document: dict[str, Any], entry: dict[str, Any]) -> Ceilings:
-    """The ceilings of the pieces that measured a case."""
-    from .report import case_ceilings
-
-    found = case_ceilings(document, entry)
-    return Ceilings(
-        found["copy_gb_s"] * 1e9, found[f"matmul_{entry['case']['dtype']}_gflop_s"] * 1e9, found["operator_us"] * 1e-6
-    )
-
-
-def predicted_table(document: dict[str, Any]) -> list[str]:
-    """Predicted and measured time of every layer case and provider that has a plan, and their ratio."""
-    from .report import markdown, measured, milliseconds, of_kind, quantiles
-
-    entries = {**of_kind(document, "layer"), **of_kind(document, "decode")}
-    used = [name for name in PLANS if any(name in measured(entry) for entry in entries.values())]
-    rows = []
-    for name, entry in entries.items():
-        times, ceilings, shape = measured(entry), measured_ceilings(document, entry), case_shape(entry["case"])
-        row = [name]
-        for provider in used:
-            if provider not in times:
-                row.append("")
-                continue
-            wanted, middle = seconds(PLANS[provider](shape), ceilings), quantiles(times[provider])[1]
-            row.append(f"{milliseconds(wanted)} → {milliseconds(middle)} ({middle / wanted:.2f})")
-        rows.append(row)
-    return markdown(["case (predicted → measured ms, ratio)", *used], rows) if rows else []
-
-
-def _columns() -> list[tuple[str, Shape]]:
-    return [
-        (f"T={tokens} {MODELS[model][layer][0]}x{MODELS[model][layer][1]} r={r}", Shape(tokens, *MODELS[model][layer], r, 2))
-        for model, layer, tokens, r in GPU_COLUMNS
-    ]
-
-
-def plans_table() -> list[str]:
-    """Modelled forward and backward times of every plan on an H200, µs; none is measured."""
-    from .report import markdown
-
-    plans = {
-        "frozen linear": frozen,
-        "PEFT LoRA": peft_lora,
-        "PEFT DoRA, bf16 adapters": peft_dora,
-        "PEFT DoRA, fp32 adapters": peft_dora_fp32,
-        "bidora (triton), activation plan": triton_activation_plan,
-        "bidora (triton), weight plan": triton_weight_plan,
-    }
-    rows = []
-    for name, plan in plans.items():
-        cells = [f"{seconds(plan(shape), MODELLED_H200) * 1e6:,.0f}" for _, shape in _columns()]
-        first = plan(_columns()[0][1])
-        total = counts(first)
-        rows.append([name, *cells, f"{len(first)}", f"{total.bytes / 1e6:,.0f}", f"{total.operations / 1e9:,.0f}"])
-    header = ["modelled µs", *(name for name, _ in _columns()), "kernels", "MB (first column)", "GFLOP (first column)"]
-    return markdown(header, rows)
-
-
-NVLINK, NETWORK = (
-    360e9,
-    40e9,
-)  # bytes per second and GPU that collectives reach: 80 % of 450 GB/s inside a node, of 400 Gb/s outside
-GPUS_PER_NODE = 8
-LLAMA_7B = {"q_proj": 4, "gate_proj": 2, "down_proj": 1}  # k, v and o have q's shape, up has gate's
-LAYERS, HIDDEN, VOCABULARY, TOKENS, RANK = 32, 4096, 32000, 4096, 16
-
-
-def step_seconds(plan: Callable[[Shape], Plan], ceilings: Ceilings) -> float:
-    """Forward and backward of a Llama-2-7B with every linear adapted, TOKENS per GPU: products, attention, output head."""
-    linears = sum(
-        count * seconds(plan(Shape(TOKENS, *MODELS["llama-2-7b"][layer], RANK, 2)), ceilings) for layer, count in LLAMA_7B.items()
-    )
-    attention = (
-        3.5 * 2.0 * TOKENS**2 * HIDDEN / ceilings.arithmetic / 0.6
-    )  # causal; forward 1, backward 2.5; 60 % of the product's rate
-    elements = 20 * 2.0 * TOKENS * HIDDEN / ceilings.bandwidth  # norms, rotary embedding, activation, residuals
-    head = seconds(frozen(Shape(TOKENS, VOCABULARY, HIDDEN, RANK, 2)), ceilings)
-    return LAYERS * (linears + attention + elements) + head
-
-
-def projection_table() -> list[str]:
-    """Step time and communication of FSDP2, modelled: weights gathered twice a pass, adapters' gradients reduced."""
-    from .report import markdown
-
-    weights = 2.0 * sum(count * n * k for name, count in LLAMA_7B.items() for n, k in [MODELS["llama-2-7b"][name]]) * LAYERS
-    trained = (
-        4.0
-        * LAYERS
-        * sum(count * (RANK * (n + k) + n) for name, count in LLAMA_7B.items() for n, k in [MODELS["llama-2-7b"][name]])
-    )
-    rows = []
-    for gpus in (8, 64, 512):
-        for sharding in ("all GPUs", "one node"):
-            if gpus == GPUS_PER_NODE and sharding == "one node":
-                continue
-            inside = gpus == GPUS_PER_NODE or sharding == "one node"
-            link, group = (NVLINK, GPUS_PER_NODE) if inside else (NETWORK, gpus)
-            gather = 2 * weights * (group - 1) / group / link
-            reduce = 2 * trained * (gpus - 1) / gpus / (NVLINK if gpus == GPUS_PER_NODE else NETWORK)
-            exposed_first = gather / 2 / LAYERS
-            cells = []
-            for plan in (peft_lora, peft_dora_fp32, triton_activation_plan):
-                compute = step_seconds(plan, MODELLED_H200)
-                cells.append(f"{(max(compute, gather) + exposed_first + reduce) * 1e3:,.0f}")
-            rows.append([f"{gpus}", sharding, f"{gather * 1e3:,.1f}", f"{reduce * 1e3:,.2f}", *cells])
-    header = ["GPUs", "weights sharded over", "gather ms", "reduce ms", "PEFT LoRA step ms", "PEFT DoRA default", "bidora"]
-    return markdown(header, rows)

@@ -160,5 +160,5 @@ def save(document: Document, path: str | Path) -> None:
 
 
 def committed() -> list[Path]:
-    """The results files of this checkout."""
-    return sorted(FOLDER.glob("*.json"))
+    """The suites' results files of this checkout; `bilevel-*.json` are of experiments with formats of their own."""
+    return sorted(path for path in FOLDER.glob("*.json") if not path.name.startswith("bilevel-"))

@@ -74,12 +74,16 @@ def clock_for(device: str) -> CpuClock | CudaClock:
     return CudaClock() if device == "cuda" else CpuClock()
 
 
+WARM_UP = 1.0  # seconds; a provider whose calls are long has run twice by now, to be checked and for its memory
+
+
 def _warm_up(candidate: Candidate, clock: CpuClock | CudaClock) -> int:
-    """Run every set of inputs once, two calls at least, and return how many calls make a block long enough to time."""
+    """Run every set of inputs, for WARM_UP at most, and return how many calls make a block long enough to time."""
+    times: list[float] = []
     with candidate.around():
-        candidate.run(1)
-        once = min(clock.seconds(lambda: candidate.run(1)) for _ in range(max(1, len(candidate.calls) - 1)))
-    return max(1, min(200, round(clock.shortest / max(once, 1e-9) + 0.5)))
+        while len(times) < max(2, len(candidate.calls)) and sum(times) < WARM_UP:
+            times.append(clock.seconds(lambda: candidate.run(1)))
+    return max(1, min(200, round(clock.shortest / max(min(times), 1e-9) + 0.5)))
 
 
 def measure(

@@ -23,8 +23,8 @@ import bidora_kernels as bk
 
 from . import machine, peers
 from .cases import DTYPES, MODELS, LayerCase
-from .report import milliseconds, our_provider, quantiles, ratio, times_as_long
-from .timing import Candidate, measure
+from .tables import milliseconds, our_provider, times_as_long
+from .timing import Candidate, measure, quantiles, ratio
 
 
 class _ExtendedLinear(torch.autograd.Function):

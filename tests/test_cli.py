@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the extra [train] is not installed")
 from bidora_kernels import cli
 from tests.recipes.conftest import _no_curves, tiny_data, tiny_model  # noqa: F401
 
-COMMANDS = ("train", "predict", "compare", "export", "recipes", "doctor")
+COMMANDS = ("train", "predict", "compare", "export", "recipes", "doctor", "bench")
 
 
 @pytest.fixture

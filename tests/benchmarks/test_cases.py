@@ -79,8 +79,8 @@ def test_what_a_case_leaves_out_is_never_a_peer() -> None:
         assert all(name.startswith((*REFERENCE, *COSTLY, "plain function")) for name in gone), gone
         assert case.floor in kept
         assert json.loads(json.dumps(case.describe())) == case.describe()
-    for targets in ("all-linear", "q+v"):  # what is left out at full size is there at a quarter of the batch
-        assert any(type(c) is BilevelCase and c.targets == targets and not c.without for c in suite("cpu"))
+    assert any(type(c) is BilevelCase and not c.without for c in suite("cpu"))
+    for targets in ("all-linear", "q+v"):
         assert any(type(c) is StepCase and c.targets == targets and c.without == REFERENCE for c in suite("cpu"))
 
 

@@ -13,26 +13,53 @@ from benchmarks import report, results
 from .test_results import CASE_ID, document
 
 
-@pytest.mark.parametrize("path", report.README_FILES, ids=lambda path: str(path.relative_to(report.REPOSITORY)))
-def test_readme_tables_are_up_to_date(path: Path) -> None:
-    if not path.exists():
-        pytest.skip("not there yet")
+@pytest.mark.parametrize("path", report.PAGES, ids=lambda path: str(path.relative_to(report.REPOSITORY)))
+def test_marked_tables_are_up_to_date(path: Path) -> None:
     documents = [results.load(committed) for committed in results.committed()]
     text = path.read_text()
-    assert text.count("<!-- bench:") == text.count("<!-- /bench -->")
-    assert report.filled(text, documents) == text, "stale: python -m benchmarks.report"
+    assert "<!-- bench:" in text
+    assert report.stale(text, documents) == [], "stale: python -m benchmarks.report"
+
+
+def test_a_stale_table_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way of the command: a page made from the committed results, then the results change, then one digit by hand."""
+    page, folder = tmp_path / "README.md", tmp_path / "results"
+    page.write_text("# x\n<!-- bench:layer -->\n<!-- /bench:layer -->\n\n<!-- bench:plans -->\n<!-- /bench:plans -->\n")
+    monkeypatch.setattr(report, "PAGES", (page, tmp_path / "absent.md"))
+    monkeypatch.setattr(results, "FOLDER", folder)
+    results.save(document(), folder / "machine.json")
+    assert report.main(["--check"]) == 1
+    assert capsys.readouterr().out == f"{page}: layer\n{page}: plans\n"
+    assert report.main([]) == 0
+    assert (folder / "machine").is_dir()
+    assert report.main(["--check"]) == 0
+    made = page.read_text()
+    assert "| x | 1,250 |" in made
+    changed = document()
+    changed["cases"][CASE_ID]["providers"]["floor"]["seconds"] = [1.0, 1.6]
+    results.save(changed, folder / "machine.json")
+    capsys.readouterr()
+    assert report.main(["--check"]) == 1
+    assert capsys.readouterr().out == f"{page}: layer\n"
+    assert report.main([]) == 0
+    assert page.read_text() != made
+    page.write_text(page.read_text().replace("| x | 1,300 |", "| x | 1,200 |"))
+    assert report.stale(page.read_text(), [changed]) == ["layer"]
 
 
 def test_only_the_marked_part_changes() -> None:
-    text = "before\n<!-- bench:not-measured -->\nold\n<!-- /bench -->\nafter\n"
+    text = "before\n<!-- bench:not-measured -->\nold\n<!-- /bench:not-measured -->\nafter\n"
     new = report.filled(text, [document()])
     assert new.startswith("before\n<!-- bench:not-measured -->\n| provider |")
-    assert new.endswith("\n<!-- /bench -->\nafter\n")
+    assert new.endswith("\n<!-- /bench:not-measured -->\nafter\n")
     assert "| none | unavailable | no GPU | 1 |" in new
     assert "old" not in new
     assert report.filled(new, [document()]) == new
     with pytest.raises(ValueError, match="no table 'nonsense'"):
-        report.filled("<!-- bench:nonsense -->\n<!-- /bench -->", [])
+        report.filled("<!-- bench:nonsense -->\n<!-- /bench:nonsense -->", [])
+    for broken in ("<!-- bench:step -->\n", "<!-- bench:step -->\n<!-- /bench:layer -->\n"):
+        with pytest.raises(ValueError, match="needs its"):
+            report.filled(broken, [])
 
 
 def test_a_table_without_results_says_so() -> None:
@@ -70,3 +97,16 @@ def test_compare_names_missing_cases() -> None:
     shorter = document()
     shorter["cases"] = {}
     assert report.compare(document(), shorter) == ([f"missing  {CASE_ID}"], 0)
+
+
+def test_verdicts_name_the_losing_cases_and_count_the_rest() -> None:
+    made = _noisy(1.0, 0)
+    entry = made["cases"][CASE_ID]
+    entry["case"]["kind"] = "layer"
+    mine = entry["providers"]["bidora (native)"]["seconds"]
+    for peer, factor in (("PEFT LoRA", 0.8), ("PEFT DoRA", 2.0)):
+        entry["providers"][peer] = {**entry["providers"]["floor"], "seconds": [factor * second for second in mine]}
+    lines = report.table("verdicts", [made])
+    assert "| layer | PEFT LoRA | 1 | 0 | 0 | 1 | 1.25 (1.25 to 1.25) |" in lines
+    assert "| layer | PEFT DoRA | 1 | 1 | 0 | 0 | 0.50 (0.50 to 0.50) |" in lines
+    assert lines[-1] == "- x (layer): 1.25 (1.25 to 1.25) of PEFT LoRA"

@@ -16,14 +16,16 @@ CASE_ID = "layer/x"
 
 def document() -> dict[str, Any]:
     machine = {"device": "cpu", "cpu": "some", "threads": 2, "versions": {"torch": "2"}, "gpu": None}
+    ceilings = {"copy_gb_s": 10.0, "matmul_fp32_gflop_s": 100.0, "matmul_bf16_gflop_s": 50.0, "operator_us": 1.0}
+    sizes = {"dtype": "fp32", "tokens": 4, "out_features": 8, "in_features": 16, "r": 2}
     made = results.new("cpu", False, machine)
     made["selected"] = [CASE_ID]
     made["pieces"] = [
-        {"started": "2026-01-01T00:00:00+00:00", "commit": "0" * 40, "modified": False, "backends": {}, "ceilings": {"copy": 1.5}}
+        {"started": "2026-01-01T00:00:00+00:00", "commit": "0" * 40, "modified": False, "backends": {}, "ceilings": ceilings}
     ]
     ok = {"status": "ok", "errors": {"y": 1e-7}, "peak_bytes": 10, "iterations": 1}
     made["cases"][CASE_ID] = {
-        "case": {"kind": "layer", "min_rounds": 2},
+        "case": {"kind": "layer", "min_rounds": 2, **sizes},
         "floor": "floor",
         "elapsed": 7.5,
         "pieces": [0, 0],
@@ -49,7 +51,7 @@ BREAKS = {
     "suite is missing": lambda d: d.pop("suite"),
     "device is missing": lambda d: d["machine"].pop("device"),
     "commit must be 40 hexadecimal digits": lambda d: d["pieces"][0].update(commit="unknown"),
-    "ceiling copy must be positive": lambda d: d["pieces"][0]["ceilings"].update(copy=0.0),
+    "ceiling copy_gb_s must be positive": lambda d: d["pieces"][0]["ceilings"].update(copy_gb_s=0.0),
     "1 times in 2 rounds": lambda d: d["cases"][CASE_ID]["providers"]["ours"].update(seconds=[1.0]),
     "every time must be positive and finite": lambda d: d["cases"][CASE_ID]["providers"]["ours"].update(
         seconds=[1.0, float("nan")]

@@ -33,6 +33,7 @@ FLOOR, LORA, DORA, EQ8 = "frozen model", "PEFT LoRA", "PEFT DoRA", "Eq. 8 on PEF
 PEERS = (FLOOR, LORA, DORA, EQ8)
 USUAL = ("FirstOrder", "ForwardDifference", "CentralDifference", "Sama", "balanced", "paper-code")
 DEAR = ("ForwardMode", "DoubleBackward", "Neumann", "ConjugateGradient")
+SETS = 2  # of batches, taken in turn: one iteration reads more than any cache holds
 # (numerator, denominator) -> the most it may be, by targets, at 3 layers on a CPU
 GATES = {
     ("ForwardDifference", EQ8): {"all-linear": 0.50, "q+v": 0.70},
@@ -56,6 +57,7 @@ def _ready(bench: Workbench, case: BilevelCase, labels: tuple[str, ...], log: Ca
             log(f"{label}: {error}")
             continue
         candidate.name = label
+        candidate.calls = candidate.calls[:SETS]
         candidates.append(candidate)
     return candidates
 
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--dear-rounds", type=int, default=5, help="of the estimators that a user would rarely take; 0: none")
+    parser.add_argument("--dear-rounds", type=int, default=3, help="of the estimators that a user would rarely take; 0: none")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the results here; sets of targets that are there already are kept")

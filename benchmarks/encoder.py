@@ -41,9 +41,12 @@ def cola(split: str = "in_domain_train") -> tuple[list[str], list[int]]:
 
 
 class Batches:
-    """Endless random batches of CoLA, tokenized; the first fifth of a seeded order is the validation part."""
+    """Endless random batches of CoLA, tokenized; the first fifth of a seeded order is the validation part.
 
-    def __init__(self, seed: int) -> None:
+    Batches of one seed come from the same two parts; `draws` names a sequence of its own.
+    """
+
+    def __init__(self, seed: int, draws: tuple[int, ...] = ()) -> None:
         import transformers
 
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_dir())
@@ -52,6 +55,8 @@ class Batches:
         order = torch.randperm(len(self._texts), generator=self._generator)
         cut = len(order) // 5
         self._parts = {"validation": order[:cut], "train": order[cut:]}
+        if draws:
+            self._generator.manual_seed(hash((seed, *draws)))
 
     def draw(self, part: str, size: int) -> Batch:
         places = torch.randint(len(self._parts[part]), (size,), generator=self._generator)

@@ -14,6 +14,7 @@ alone. A run that is finished is not made again, one that was interrupted goes o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -128,18 +129,15 @@ class Plan:
         return max(scores, key=lambda lr: (scores[lr], -lr))
 
     def missing(self) -> Iterator[tuple[Path, TrainSettings]]:
-        """The runs that are still to be made: the trials first, then seed by seed."""
+        """The runs that are still to be made: the trials first, then task by task, seed by seed."""
         pairs = [(task, method) for task in self.tasks for method in METHODS]
         for task, method in pairs:
             for lr in LEARNING_RATES if method in TUNED else ():
                 if finished(folder := self.trial(task, method, lr)) is None:
                     yield folder, settings_for(task, method, lr, 0, self.passes, choosing=True)
-        for seed in self.seeds:
-            for task, method in pairs:
-                if finished(folder := self.run(task, method, seed)) is None:
-                    rate = self.rate(task, method)
-                    if rate is not None:
-                        yield folder, settings_for(task, method, rate, seed, self.passes, choosing=False)
+        for task, seed, method in itertools.product(self.tasks, self.seeds, METHODS):
+            if finished(folder := self.run(task, method, seed)) is None and (rate := self.rate(task, method)) is not None:
+                yield folder, settings_for(task, method, rate, seed, self.passes, choosing=False)
 
     def summary(self, task: str, method: str) -> dict[int, dict[str, Any]]:
         """The finished runs by seed."""

@@ -47,7 +47,8 @@ def _chosen(case: BilevelCase, labels: tuple[str, ...]) -> dict[str, Callable[[W
     return {label: build for label in labels for name, build in found.items() if name.split(", bidora")[0] == label}
 
 
-def _ready(bench: Workbench, case: BilevelCase, labels: tuple[str, ...], log: Callable[[str], None]) -> list[Candidate]:
+def ready(bench: Workbench, case: BilevelCase, labels: tuple[str, ...], log: Callable[[str], None]) -> list[Candidate]:
+    """Build and check the providers of these labels; those that cannot be had here are said and left out."""
     candidates = []
     for label, build in _chosen(case, labels).items():
         try:
@@ -68,7 +69,7 @@ def measure_targets(case: BilevelCase, device: str, rounds: int, dear_rounds: in
     found: dict[str, Any] = {"case": case.describe(), "runs": []}
     for labels, count in ((PEERS + USUAL, rounds), (PEERS + DEAR, dear_rounds)):
         if count:
-            candidates = _ready(bench, case, labels, log)
+            candidates = ready(bench, case, labels, log)
             peaks = {}
             for candidate in candidates:
                 with candidate.around():

@@ -112,6 +112,16 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     compare.add_argument("--json", action="store_true", help="print JSON")
 
+    analyze = _subcommand(
+        commands, "analyze", "Look into a run, finished or not.", "bidora analyze hypergradient runs/demo-bidora-seed0"
+    )
+    analyze.add_argument(
+        "what", choices=("hypergradient",), help="both terms of each upper step, their cosine, radius and passes"
+    )
+    analyze.add_argument("run", help="the run's folder")
+    analyze.add_argument("--output", metavar="PNG", help="the picture (default: hypergradient.png in the run's folder)")
+    analyze.add_argument("--json", action="store_true", help="print JSON")
+
     export = _subcommand(
         commands, "export", "Write a run's model with the adapter merged in.", "bidora export runs/demo-bidora-seed0 merged/"
     )
@@ -144,6 +154,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for smoke and gpu where there is one, else cpu")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: proves that everything runs, says nothing about speed")
     parser.add_argument("--list", action="store_true", help="print the ids of the cases and stop")
+    parser.add_argument("--tune", action="store_true", help="time tiles of the Triton kernels, print a row of kernels/tiles.py")
     parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="name what changed beyond noise between two files")
 
 
@@ -224,6 +235,13 @@ def _compare(arguments: argparse.Namespace) -> None:
     _report(arguments, comparison, comparison_lines(comparison))
 
 
+def _analyze(arguments: argparse.Namespace) -> None:
+    from .recipes.analysis import analysis_lines, analyze_hypergradient
+
+    found = analyze_hypergradient(arguments.run, arguments.output)
+    _report(arguments, found, analysis_lines(found))
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from .recipes.models import export_merged
     from .recipes.runs import RunFolder
@@ -275,6 +293,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "train": _train,
     "predict": _predict,
     "compare": _compare,
+    "analyze": _analyze,
     "export": _export,
     "recipes": _recipes,
     "doctor": _doctor,

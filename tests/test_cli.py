@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="the extra [train] is not installed")
 from bidora_kernels import cli
 from tests.recipes.conftest import _no_curves, tiny_data, tiny_model  # noqa: F401
 
-COMMANDS = ("train", "predict", "compare", "export", "recipes", "doctor", "bench")
+COMMANDS = ("train", "predict", "compare", "analyze", "export", "recipes", "doctor", "bench")
 
 
 @pytest.fixture
@@ -239,3 +239,42 @@ def test_recipes_lists_tasks_and_presets_with_what_is_not_given(capsys: pytest.C
     assert "retrain_lr = not given" in capsys.readouterr().out
     assert cli.main(["recipes", "--json"]) == 0
     assert {"tasks", "presets"} == set(json.loads(capsys.readouterr().out))
+
+
+def test_analyze_draws_the_hypergradient_of_a_run(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", *options, "--horizon=2", "--output", str(run)]) == 0
+    capsys.readouterr()
+    assert cli.main(["analyze", "hypergradient", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    steps = [
+        line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line["direct_norm"] is not None
+    ]
+    assert found["upper_steps"] == len(steps) == 2  # balanced: every second of four steps
+    assert found["direct_norm"] == pytest.approx(sum(line["direct_norm"] for line in steps) / 2)
+    assert found["passes"] == 3
+    assert set(found["pass_seconds"]) == {"lower", "validation", "difference"}
+    assert Path(found["picture"]).read_bytes().startswith(b"\x89PNG")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "sea')  # a killed run
+    other = tmp_path / "other.png"
+    assert cli.main(["analyze", "hypergradient", str(run), "--output", str(other)]) == 0
+    text = capsys.readouterr().out
+    assert "2 upper steps" in text
+    assert f"picture: {other}" in text
+    assert other.exists()
+
+
+def test_analyze_says_what_it_cannot_do(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "plain"
+    assert cli.main(["train", *options, "--method=dora", "--output", str(run)]) == 0
+    for arguments, message in (
+        ([str(run)], "no step with a hypergradient"),
+        ([str(tmp_path / "nowhere")], "holds no run"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["analyze", "hypergradient", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (run / "hypergradient.png").exists()

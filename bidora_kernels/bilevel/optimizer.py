@@ -212,7 +212,7 @@ class BilevelOptimizer:
         elif self.unroll == "gradient":
             flat.set(before, self._times_xi(flat.gather(grads)), -1.0)
         else:
-            jacobian, stepped = self._lower_step(grads), True
+            jacobian, stepped, grads = self._lower_step(grads), True, []
         validation = passes.run("validation", loss_fn, val_batch, needs)
         undo.reached = RandomState(self._devices())
         result.validation_loss = passes.average_loss(validation.loss)

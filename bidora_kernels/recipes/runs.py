@@ -28,7 +28,7 @@ METRIC_FIELDS = (
     "phase", "step", "train_loss", "validation_loss", "test_metric", "hypergradient_norm", "lr_lower", "lr_upper", "seconds",
     *HYPERGRADIENT_FIELDS,
 )  # fmt: skip
-_OWN = ("summary.json", "metrics.jsonl", "adapter", "model", "checkpoints", "curves.png")
+_OWN = ("summary.json", "metrics.jsonl", "adapter", "model", "checkpoints", "curves.png", "hypergradient.png")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

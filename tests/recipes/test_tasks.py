@@ -164,3 +164,11 @@ def test_cola_tests_on_both_development_sets(data_dir: Path) -> None:
     assert data.metric == "matthews_correlation"
     assert data.train.texts[0].startswith("Our friends won't buy this analysis")
     assert data.train.labels[0] == 1
+
+
+def test_hold_out_takes_the_place_of_the_test_set(tiny_data: Path) -> None:
+    whole = load_task("tsv", tiny_data, train_examples=60, seed=3)
+    part = load_task("tsv", tiny_data, train_examples=60, seed=3, hold_out=0.2)
+    assert Counter(part.train.texts) + Counter(part.test.texts) == Counter(whole.train.texts)
+    assert len(part.test) == pytest.approx(0.2 * len(whole.train), abs=2)
+    assert Counter(part.test.labels) == Counter({0: 7, 1: 5})  # stratified; the rare class stays in train

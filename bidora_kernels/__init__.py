@@ -11,6 +11,7 @@ from .model import DoraReport, apply_dora, load_adapter, merge_and_unload, save_
 from .modules import FusedDoraConv1D, FusedDoraLinear
 from .ops._backend import BackendUnavailable, backends, use_backend
 from .ops._context import pass_mode
+from .ops.quantized import QuantizedFormat, register_quantized_format
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,7 @@ __all__ = [
     "MicroBatches",
     "Neumann",
     "OrthogonalPenalty",
+    "QuantizedFormat",
     "Sama",
     "StepStats",
     "apply_dora",
@@ -76,6 +78,7 @@ __all__ = [
     "pass_mode",
     "preset",
     "reference",
+    "register_quantized_format",
     "save_adapter",
     "split_parameters",
     "use_backend",

@@ -2,8 +2,9 @@
 
 Shapes: x [..., in], weight [out, in], lora_A [r, in], lora_B [out, r], magnitude and bias [out]. Dtypes: fp64, fp32, bf16 or
 fp16 each; norms and scales are computed in fp32 (fp64 for an fp64 weight). The weight and the bias are frozen: gradients flow to
-x, lora_A, lora_B and magnitude only. Every function raises TypeError for a dtype and ValueError for a shape or device that does
-not fit, and BackendUnavailable where a backend was asked for by name and cannot run.
+x, lora_A, lora_B and magnitude only. The weight may be quantized (ops/quantized.py). Every function raises TypeError for a dtype
+and ValueError for a shape or device that does not fit, and BackendUnavailable where a backend was asked for by name and cannot
+run.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .ops import _backend
+from .ops import _backend, cost_model
 from .ops import _checks as checks
 from .ops import dora_linear as _dora_linear
 from .ops import merged_weight as _merged_weight
 from .ops import orthogonality as _orthogonality
+from .ops import quantized as _quantized
 from .ops import weight_norm as _weight_norm
 from .ops._context import PassMode, current_mode
 
@@ -37,6 +39,8 @@ def dora_linear(
     detach_norm: bool = True,
     *,
     norm: Tensor | None = None,
+    merged: Tensor | None = None,
+    plan: str = "auto",
 ) -> Tensor:
     """y = c * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias with c = magnitude / ||V|| (DoRA, arXiv:2402.09353, eq. 5).
 
@@ -45,8 +49,14 @@ def dora_linear(
     x_dropped: x after dropout; it then feeds the low-rank branch and the (c - 1) part of the base output, as in PEFT.
     detach_norm: treat the norm as a constant in the backward pass (DoRA, section 4.3); False differentiates it.
     norm: [out], the row norms where they are known already (from `weight_norm`); they are then constants.
+    merged: [out, in], the merged weight that the triton backend's weight plan left for this pass, given together with its norms,
+    which are then no constants; other backends, and passes that cannot use it, leave it aside.
+    plan: "auto", or the triton backend's "activation" or "weight" plan by name; dropout and precise passes always take the
+    first, a compiled call takes it unless the other is named, and other backends choose for themselves.
     A row whose norm is below 1e-18 has c = 1, and its magnitude no gradient.
     """
+    stored, kind = weight, _quantized.format_of(weight)
+    weight = weight if kind is None else _quantized.stand_in(weight)
     checks.check_direction(weight, lora_A, lora_B)
     checks.check_row_vector("magnitude", magnitude, weight)
     checks.check_input("x", x, weight)
@@ -54,6 +64,12 @@ def dora_linear(
         checks.check_row_vector("bias", bias, weight)
     if norm is not None:
         checks.check_row_vector("norm", norm, weight)
+    if merged is not None:
+        checks.check_shape("merged", merged, tuple(weight.shape))
+        if norm is None:
+            raise ValueError("merged needs the norm that it was made with")
+    if plan not in cost_model.PLANS:
+        raise ValueError(f"plan must be one of {', '.join(cost_model.PLANS)}, got {plan!r}")
     if x_dropped is not None:
         checks.check_shape("x_dropped", x_dropped, tuple(x.shape))
         checks.check_input("x_dropped", x_dropped, weight)
@@ -62,15 +78,107 @@ def dora_linear(
     if mode.differentiate_norm is not None:
         detach_norm = not mode.differentiate_norm
     lora_A, lora_B, magnitude = _needed(mode, lora_A, lora_B, magnitude)
-    weight, bias = _frozen(weight), None if bias is None else _frozen(bias)
+    weight = _frozen(weight)
+    bias = None if bias is None else _frozen(bias)
     backend = _serving(x.device.type, (x, lora_A, lora_B, magnitude), weight, x)
-    if backend == "reference":
+    may_choose = backend == "triton" and x_dropped is None and not mode.precise
+    if merged is not None:
+        fits = may_choose and kind is None and merged.dtype == reference.matmul_dtype(x, weight)
+        merged, norm = (merged, norm) if fits else (None, norm if detach_norm else None)
+    if backend == "reference" and kind is None:
         return reference.dora_linear(
             x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise
         )
+    chosen = "activation"
+    if merged is not None:
+        chosen = "weight"
+    elif may_choose:
+        chosen = _plan_of_call(x, weight, lora_A, lora_B, magnitude, norm is not None, plan)
+    if kind is not None:
+        return _quantized.dora_linear(
+            x, stored, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend, chosen
+        )
     return _dora_linear.dora_linear(
-        x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend
+        x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend, chosen, merged
     )
+
+
+def _plan_of_call(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_known: bool, plan: str
+) -> str:
+    """ "activation" or "weight" for a call that may take either."""
+    if plan != "auto":
+        return plan
+    if torch.compiler.is_compiling():
+        return "activation"  # a choice by sizes would compile anew for every size
+    out_features, in_features = weight.shape
+    tokens = x.numel() // in_features if in_features else 0
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_A, lora_B, magnitude))
+    size = reference.matmul_dtype(x, weight).itemsize
+    return cost_model.choose(tokens, out_features, in_features, lora_A.shape[0], size, trains, norm_known).name
+
+
+def plan(
+    weight: Tensor,
+    r: int,
+    tokens: int,
+    *,
+    dtype: torch.dtype | None = None,
+    trains: bool = True,
+    norm_known: bool = False,
+    dropped: bool = False,
+    reuse: int = 1,
+    forced: str = "auto",
+) -> cost_model.Plan:
+    """How `dora_linear` would run for `tokens` rows of x in `dtype` (the weight's by default), and why.
+
+    Its `name` is "activation" or "weight", or "reference" where plain PyTorch serves the call; `print` shows the reason.
+    trains: gradients will be taken. norm_known: the norms are at hand. dropped: dropout is active. reuse: how many passes run
+    with the same parameters. forced: a plan by name.
+    """
+    weight = _quantized.stand_in(weight)
+    out_features, in_features = weight.shape
+    sample = torch.empty(0, dtype=dtype or weight.dtype, device=weight.device)
+    mode, backend, unserved = current_mode(), _backend.resolve(weight.device.type), None
+    if backend == "triton":
+        unserved = left_to_reference(weight)
+    if backend == "reference" or unserved:
+        reason = unserved or _backend.auto_choice(weight.device.type).reason if _is_auto() else "asked for by name"
+        return cost_model.Plan("reference", False, f"plain PyTorch: {reason}")
+    if backend == "native":
+        from .ops import _native_plan
+
+        product_dtype = reference.norm_dtype(weight)
+        pays = not dropped and _native_plan.weight_plan_pays(tokens, weight, product_dtype, norm_known)
+        reason = "writing the merged weight moves fewer bytes than correcting the output" if pays else (
+            "dropout needs the product with the frozen weight" if dropped
+            else "correcting the output moves fewer bytes than writing the merged weight"
+        )  # fmt: skip
+        return cost_model.Plan("weight" if pays else "activation", False, f"native backend: {reason}")
+    if dropped or mode.precise:
+        why = "dropout needs the product with the frozen weight" if dropped else "a precise pass keeps its base output in fp32"
+        return cost_model.Plan("activation", False, why)
+    size = reference.matmul_dtype(sample, weight).itemsize
+    return cost_model.choose(tokens, out_features, in_features, r, size, trains, norm_known, reuse, forced)
+
+
+def _is_auto() -> bool:
+    return (current_mode().backend or _backend.environment_backend()) == "auto"
+
+
+def left_to_reference(weight: Tensor) -> str | None:
+    """Why `auto` leaves this weight to plain PyTorch where it would take the triton backend, or None."""
+    weight = _quantized.stand_in(weight)
+    auto = _is_auto() and _backend.resolve(weight.device.type) == "triton"
+    return _unserved(weight) if auto else None
+
+
+def _unserved(weight: Tensor) -> str | None:
+    if weight.dtype == torch.float64:
+        return "the kernels do not serve fp64 weights"
+    if weight.shape[0] % 8 or weight.shape[1] % 8:
+        return f"[{weight.shape[0]}, {weight.shape[1]}] are not both multiples of 8"  # 16-bit loads and register spills
+    return None
 
 
 def _serving(device_type: str, differentiable: tuple[Tensor, ...], weight: Tensor, x: Tensor | None = None) -> str:
@@ -78,15 +186,15 @@ def _serving(device_type: str, differentiable: tuple[Tensor, ...], weight: Tenso
     backend = _backend.resolve(device_type)
     if backend == "reference":
         return backend
-    reason, auto = None, (current_mode().backend or _backend.environment_backend()) == "auto"
+    reason, auto = None, _is_auto()
     if _in_forward_mode(differentiable):
         reason = "forward-mode derivatives and functional transforms"
     elif backend == "triton" and weight.dtype == torch.float64:
         reason = "fp64 weights"
     elif x is not None and x.dtype == torch.float64 and weight.dtype != torch.float64:
         reason = f"an fp64 input with a weight in {str(weight.dtype).removeprefix('torch.')}"
-    elif auto and backend == "triton" and (weight.shape[0] % 8 or weight.shape[1] % 8):
-        return "reference"  # 16-bit loads and register spills: the kernels would be right, and slower
+    elif auto and backend == "triton" and _unserved(weight):
+        return "reference"  # the kernels would be right, and slower
     if reason is None:
         return backend
     if auto:
@@ -114,7 +222,9 @@ def _needed(mode: PassMode, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """n = ||weight + scaling * lora_B @ lora_A||_2 per row, [out], in fp32 (fp64 for an fp64 weight); differentiable."""
-    checks.check_direction(weight, lora_A, lora_B)
+    checks.check_direction(_quantized.stand_in(weight), lora_A, lora_B)
+    if _quantized.format_of(weight) is not None:
+        return _quantized.by_rows(lambda w, a, b: weight_norm(w, a, b, scaling), weight, lora_A, lora_B)
     weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
     if backend == "reference":
         return reference.weight_norm(weight, lora_A, lora_B, scaling)
@@ -126,7 +236,9 @@ def normalized_direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling
 
     A row whose norm is below 1e-18 is 0, with zero gradient.
     """
-    checks.check_direction(weight, lora_A, lora_B)
+    checks.check_direction(_quantized.stand_in(weight), lora_A, lora_B)
+    if _quantized.format_of(weight) is not None:
+        return _quantized.by_rows(lambda w, a, b: normalized_direction(w, a, b, scaling), weight, lora_A, lora_B)
     weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
     if backend == "reference":
         return reference.normalized_direction(weight, lora_A, lora_B, scaling)
@@ -138,12 +250,23 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Ten
 
     A row whose norm is below 1e-18 is the row of V.
     """
-    checks.check_direction(weight, lora_A, lora_B)
-    checks.check_row_vector("magnitude", magnitude, weight)
+    checks.check_direction(_quantized.stand_in(weight), lora_A, lora_B)
+    checks.check_row_vector("magnitude", magnitude, _quantized.stand_in(weight))
+    if _quantized.format_of(weight) is not None:
+        return _quantized.by_rows(lambda w, a, b, m: merged_weight(w, a, b, m, scaling), weight, lora_A, lora_B, magnitude)
     weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B, magnitude), weight=weight)
     if backend == "reference":
         return reference.merged_weight(weight, lora_A, lora_B, magnitude, scaling)
     return _merged_weight.merged_weight(weight, lora_A, lora_B, magnitude, scaling, backend)
+
+
+def kept_merged(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(the merged weight that the triton backend's weight plan multiplies with, [out, in] in `dtype`, its norms [out])."""
+    from .ops import _triton_weight_plan
+
+    return _triton_weight_plan.merge(weight, lora_A, lora_B, magnitude, scaling, dtype)
 
 
 def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, *, probes: int | str = 0) -> Tensor:
@@ -151,8 +274,9 @@ def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
 
     Rows whose norm is below 1e-18 are left out. probes: 0 is exact; a number k estimates R, without bias, from k pairs of random
     vectors of the device's generator; "auto" is exact where weight @ weight^T, [out, out], fits the cache's budget, else an
-    estimate. Raises ValueError for other probes.
+    estimate. Raises ValueError for other probes. A quantized weight is dequantized whole for the call.
     """
+    weight = _quantized.dequantized(weight)
     checks.check_direction(weight, lora_A, lora_B)
     weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
     if pairs := _orthogonality.probes_for(weight, probes):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from . import functional
 from .adapter_files import load_adapter, save_adapter
 from .config import DoraConfig
 from .fused_slices import FusedDoraSlices, plain_layer
@@ -74,6 +75,7 @@ def report(model: nn.Module, heads: Iterable[str], skipped: dict[str, str]) -> D
         other=sum(size for adapted, size in sizes if not adapted),
         layers={
             name: f"{type(layer).__name__} [{layer.out_features}, {layer.in_features}] r={layer.r} scaling={layer.scaling:g}"
+            + ("" if (reason := functional.left_to_reference(layer.weight)) is None else f" in plain PyTorch: {reason}")
             for name, layer in layers.items()
         },
     )

@@ -14,8 +14,20 @@ from torch import Tensor, nn
 from . import functional, reference
 from .ops import _checks as checks
 from .ops import _context as context
+from .ops import cost_model, quantized
 
 NORM_CEILING = 1e18  # above it the sum of squares overflows fp32
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a tensor made of others, as quantized ones are: its identity has to do
+        return 0
+
+
+def _same_state(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
+    return all(a is b for a, b in zip(old[0], new[0], strict=True)) and old[1:] == new[1:]
 
 
 class FusedDoraLinear(nn.Module):
@@ -30,10 +42,17 @@ class FusedDoraLinear(nn.Module):
     `detach_norm` (the default, as in PEFT and DoRA section 4.3) treats ||V|| as a constant in the backward pass. Dropout acts as
     in PEFT: on the input of the low-rank branch and of the change of scale, never on the frozen layer's own output.
 
-    In eval mode the norms are cached. The cache notices in-place writes that autograd counts, replaced tensors,
+    `plan(tokens)` says how the layer would run. `reuse` (1) is the number of passes that run with the same parameters, such as
+    the micro-batches of a step or those of inference: above 1 the triton backend may keep the merged weight between passes, at
+    the price of its memory. `forced_plan` ("auto") names a plan instead: "activation" or "weight".
+
+    In eval mode the norms are cached. The caches notice in-place writes that autograd counts, replaced tensors,
     `load_state_dict`, `.to()` and this library's own flat buffers; a write through `.data` by somebody else cannot be seen: call
     `clear_cache()`.
     """
+
+    reuse: int = 1
+    forced_plan: str = "auto"
 
     in_features: int
     out_features: int
@@ -59,9 +78,10 @@ class FusedDoraLinear(nn.Module):
             raise ValueError(f"r must be a positive integer, got {r!r}")
         if not 0.0 <= lora_dropout < 1.0:
             raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
-        checks.check_float("weight", weight)
-        checks.check_shape("weight", weight, ("out", "in"))
-        self.out_features, self.in_features = self._as_rows(weight).shape
+        values = quantized.stand_in(weight)  # the weight itself, unless it is quantized
+        checks.check_float("weight", values)
+        checks.check_shape("weight", values, ("out", "in"))
+        self.out_features, self.in_features = self._as_rows(values).shape
         if r > min(self.out_features, self.in_features):
             warnings.warn(
                 f"r={r} is larger than the smaller side of a layer [{self.out_features}, {self.in_features}]: "
@@ -76,7 +96,7 @@ class FusedDoraLinear(nn.Module):
                 frozen.requires_grad_(False)
         self.weight = weight
         self.register_parameter("bias", bias)
-        options: dict[str, Any] = {"device": weight.device, "dtype": reference.norm_dtype(weight)}
+        options: dict[str, Any] = {"device": weight.device, "dtype": reference.norm_dtype(values)}
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
         self.magnitude = nn.Parameter(torch.empty(self.out_features, **options))
@@ -84,6 +104,7 @@ class FusedDoraLinear(nn.Module):
             nn.Parameter
         ] = []  # the original weight while merged; in a list so that it is no parameter of the module
         self._norm_cache: tuple[Tensor, tuple[Any, ...]] | None = None
+        self._merged_cache: tuple[tuple[Tensor, Tensor], tuple[Any, ...]] | None = None
         self._forward_mode: context.PassMode | None = None
         self.reset_adapter()
 
@@ -119,7 +140,7 @@ class FusedDoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if not self.weight.is_meta:
-            norm = functional.weight_norm(self._as_rows(self.weight), self.lora_A, self.lora_B, self.scaling)
+            norm = functional.weight_norm(*self._stored_terms())
             bad = ~(norm <= NORM_CEILING)
             if bad.any():
                 row = int(bad.nonzero()[0])
@@ -134,7 +155,14 @@ class FusedDoraLinear(nn.Module):
         return bool(self._unmerged)
 
     def direction_terms(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """(weight [out, in], lora_A, lora_B, scaling): the terms of V = weight + scaling * lora_B @ lora_A."""
+        """(weight [out, in], lora_A, lora_B, scaling): the terms of V = weight + scaling * lora_B @ lora_A.
+
+        A quantized weight comes dequantized.
+        """
+        weight, lora_A, lora_B, scaling = self._stored_terms()
+        return quantized.dequantized(weight), lora_A, lora_B, scaling
+
+    def _stored_terms(self) -> tuple[Tensor, Tensor, Tensor, float]:
         weight = self._unmerged[0] if self._unmerged else self.weight
         return self._as_rows(weight), self.lora_A, self.lora_B, self.scaling
 
@@ -155,10 +183,54 @@ class FusedDoraLinear(nn.Module):
         x_dropped = None
         if self.training and self.lora_dropout > 0.0:
             x_dropped = F.dropout(x, self.lora_dropout)
-        weight, lora_A, lora_B, scaling = self.direction_terms()
+        weight, lora_A, lora_B, scaling = self._stored_terms()
+        merged, norm = self._kept_merged(x) if x_dropped is None else (None, None)
         return functional.dora_linear(
-            x, weight, lora_A, lora_B, self.magnitude, scaling, self.bias, x_dropped, self.detach_norm, norm=self._cached_norm()
-        )
+            x, weight, lora_A, lora_B, self.magnitude, scaling, self.bias, x_dropped, self.detach_norm,
+            norm=self._cached_norm() if merged is None else norm, merged=merged, plan=self.forced_plan,
+        )  # fmt: skip
+
+    def plan(self, tokens: int, dtype: torch.dtype | None = None) -> cost_model.Plan:
+        """How the layer would run for `tokens` rows of x in `dtype` (the weight's by default) as it stands now, and why.
+
+        The plan's `name` is "activation", "weight" or "reference"; `print` shows it with its reason.
+        """
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in (self.lora_A, self.lora_B, self.magnitude))
+        dropped, reuse = self.training and self.lora_dropout > 0.0, self._reuse()
+        return functional.plan(
+            self._stored_terms()[0], self.r, tokens, dtype=dtype, trains=trains, norm_known=self._norm_is_constant(),
+            dropped=dropped, reuse=reuse, forced=self.forced_plan,
+        )  # fmt: skip
+
+    def _reuse(self) -> int:
+        reuse = context.current_mode().reuse
+        return self.reuse if reuse is None else reuse
+
+    def _kept_merged(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(the merged weight, its norms) where the plan keeps one between passes, made once per state of the parameters."""
+        if self._reuse() <= 1 or torch.compiler.is_compiling() or quantized.format_of(self.weight) is not None:
+            return None, None
+        dtype = reference.matmul_dtype(x, self.weight, context.current_mode().precise)
+        if not self.plan(x.numel() // max(1, self.in_features), dtype).kept:
+            return None, None
+        key = self._state(self.weight, self.lora_A, self.lora_B, self.magnitude, dtype)
+        if key is None:
+            return None, None
+        if self._merged_cache is None or not _same_state(self._merged_cache[1], key):
+            weight, lora_A, lora_B, scaling = self.direction_terms()
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                self._merged_cache = (functional.kept_merged(weight, lora_A, lora_B, self.magnitude, scaling, dtype), key)
+        return self._merged_cache[0]
+
+    @staticmethod
+    def _state(*sources: Any) -> tuple[Any, ...] | None:
+        """What a cache made from these tensors (and plain values) depends on; None where versions are not counted."""
+        tensors = [source for source in sources if isinstance(source, Tensor)]
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        plain = tuple(source for source in sources if not isinstance(source, Tensor))
+        counted = tuple((_address(tensor), tensor._version) for tensor in tensors)
+        return (tuple(tensors), counted, plain, context.parameter_epoch())
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         dtype = reference.matmul_dtype(x, self.weight)
@@ -169,38 +241,34 @@ class FusedDoraLinear(nn.Module):
 
     def _cached_norm(self) -> Tensor | None:
         """The norms where they are constants of an eval-mode pass, computed once per state of the parameters; else None."""
+        if not self._norm_is_constant():
+            return None
+        key = self._state(self.weight, self.lora_A, self.lora_B)
+        if key is None:
+            return None
+        if self._norm_cache is None or not _same_state(self._norm_cache[1], key):
+            with torch.inference_mode(False), torch.no_grad():
+                self._norm_cache = (functional.weight_norm(*self._stored_terms()), key)
+        return self._norm_cache[0]
+
+    def _norm_is_constant(self) -> bool:
         mode = context.current_mode()
         differentiated = not self.detach_norm if mode.differentiate_norm is None else mode.differentiate_norm
-        if self.training or torch.compiler.is_compiling() or (differentiated and torch.is_grad_enabled()):
-            return None
-        weight, lora_A, lora_B, scaling = self.direction_terms()
-        sources = (self.weight, lora_A, lora_B)
-        if any(source.is_inference() for source in sources):  # these count no versions
-            return None
-        state = tuple((source.data_ptr(), source._version) for source in sources)
-        key = (*sources, state, context.parameter_epoch())
-        if self._norm_cache is not None:
-            norm, old_key = self._norm_cache
-            if all(old is new for old, new in zip(old_key[:3], sources, strict=True)) and old_key[3:] == key[3:]:
-                return norm
-        with torch.inference_mode(False), torch.no_grad():
-            norm = functional.weight_norm(weight, lora_A, lora_B, scaling)
-        self._norm_cache = (norm, key)
-        return norm
+        return not (self.training or torch.compiler.is_compiling() or (differentiated and torch.is_grad_enabled()))
 
     def clear_cache(self) -> None:
-        """Drop the eval-mode norms; needed only after a write through `.data` from outside this library."""
-        self._norm_cache = None
+        """Drop what is kept between passes; needed only after a write through `.data` from outside this library."""
+        self._norm_cache = self._merged_cache = None
 
     def train(self, mode: bool = True) -> FusedDoraLinear:
-        """As `nn.Module.train`; also drops the eval-mode norms."""
+        """As `nn.Module.train`; also drops what is kept between passes."""
         self.clear_cache()
         return super().train(mode)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """magnitude * V / ||V|| as a new [out, in] tensor in the weight's dtype, computed in fp32 (fp64 for an fp64 weight)."""
-        weight, lora_A, lora_B, scaling = self.direction_terms()
+        weight, lora_A, lora_B, scaling = self._stored_terms()
         return functional.merged_weight(weight, lora_A, lora_B, self.magnitude, scaling)
 
     @torch.no_grad()
@@ -208,10 +276,12 @@ class FusedDoraLinear(nn.Module):
         """Let `weight` hold the merged weight, so that a forward is one plain linear; the original is kept for `unmerge`.
 
         `state_dict()` keeps describing the unmerged layer. Does nothing on a merged layer. With `safe_merge` raises ValueError,
-        and changes nothing, where the merged weight is not finite.
+        and changes nothing, where the merged weight is not finite; so does a quantized weight, which `to_linear` dequantizes.
         """
         if self.merged:
             return
+        if (kind := quantized.format_of(self.weight)) is not None:
+            raise ValueError(f"a weight in {kind.name} cannot hold the merged weight: to_linear() returns it dequantized")
         merged = self._as_rows(self.merged_weight()).contiguous()
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError("the merged weight is not finite; nothing was merged")
@@ -227,7 +297,7 @@ class FusedDoraLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """Return a plain `nn.Linear` with the merged weight and a copy of the bias, on the same device and in the same mode."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype)
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)

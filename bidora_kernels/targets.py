@@ -15,6 +15,7 @@ from torch import nn
 from .config import DoraConfig
 from .fused_slices import FusedDoraSlices, slice_sizes, split
 from .modules import FusedDoraConv1D, FusedDoraLinear
+from .ops.quantized import format_of, stand_in
 
 ALL_LINEAR = "all-linear"
 CONFIG_ATTRIBUTE = "dora_config"  # where apply_dora leaves the configuration, for save_adapter
@@ -55,7 +56,7 @@ def names_all_linear(config: DoraConfig) -> bool:
 
 def features(module: Any) -> tuple[int, int]:
     """(out_features, in_features) of a Linear or Conv1D."""
-    rows, columns = module.weight.shape
+    rows, columns = stand_in(module.weight).shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
@@ -96,6 +97,8 @@ def _unsupported(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return f"is a {kind}: only nn.Linear and Conv1D can be adapted"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
+    if isinstance(module.weight, torch.Tensor) and format_of(module.weight) is not None:
+        return None
     forward = type(module).forward
     if forward is not nn.Linear.forward and not (is_conv1d(module) and kind == "Conv1D"):
         return f"is a {kind}, which computes something else than its parent class"

@@ -58,3 +58,20 @@ def low_rank_tile(
         a = tl.load(lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :], rank_ok[:, None] & col_ok[None, :], 0.0)
         product = dot(b, a, product, PRECISION)
     return product
+
+
+@triton.jit
+def updated_tile(
+    weight_ptr, lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, scaling,
+    stride_weight_out, stride_weight_in, stride_lora_A, stride_lora_B,
+    RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """V[row, col] in fp32; the weight is loaded first, since the compiler does not move it above the product."""
+    offset = row[:, None] * stride_weight_out + col[None, :] * stride_weight_in
+    w = tl.load(weight_ptr + offset, mask=row_ok[:, None] & col_ok[None, :], other=0.0)
+    low_rank = low_rank_tile(
+        lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, stride_lora_A, stride_lora_B,
+        RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
+    )  # fmt: skip
+    return w.to(tl.float32) + scaling * low_rank

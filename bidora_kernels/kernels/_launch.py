@@ -31,13 +31,19 @@ def _architecture(index: int) -> str:
     return f"sm_{major}{minor}"
 
 
+def architecture_of(device: str | torch.device) -> str:
+    """The name of a device's row in the tile tables, like "sm_90"; "default" for a CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "default"
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
 def tile(kernel: str, r: int, *operands: Tensor | None) -> Tile:
     """The tile for a kernel whose streamed operands are these."""
     present = [operand for operand in operands if operand is not None]
     widest = max(operand.element_size() for operand in present)
-    device = present[0].device
-    architecture = _architecture(device.index or 0) if device.type == "cuda" else "default"
-    return tile_for(kernel, r, widest, architecture)
+    return tile_for(kernel, r, widest, architecture_of(present[0].device))
 
 
 def precision(*operands: Tensor | None) -> str:

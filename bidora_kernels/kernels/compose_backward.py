@@ -147,7 +147,7 @@ def launch_compose_backward(
     """Return the gradients that are needed; nothing is read or written for the others.
 
     grad_output [tokens, out], scale = c and norm fp32 [out]. grad_magnitude is taken from `base` (with dropout: base_dropped), or
-    from `output`, `magnitude` and `bias`.
+    from `output`, `magnitude` and `bias`; without `magnitude` it is then the sum of grad_output * (output - bias), undivided.
     grad_base has `base_dtype` (grad_output's by default), grad_hidden `hidden_dtype` (hidden's by default), the others fp32.
     A 16-bit hidden rounds the operands of the products to its dtype. With `dropped`, grad_base is (c - 1) * grad_output.
     """
@@ -160,8 +160,6 @@ def launch_compose_backward(
     saved = output if output is not None else base
     if needs_magnitude and saved is None:
         raise ValueError("grad_magnitude needs base or output")
-    if needs_magnitude and output is not None and magnitude is None:
-        raise ValueError("grad_magnitude from output needs magnitude")
     saved = grad_output if saved is None else rows(saved)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

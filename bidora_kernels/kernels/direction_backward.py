@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import NORM_FLOOR, dot, low_rank_tile
+from ._arithmetic import NORM_FLOOR, dot, updated_tile
 from ._launch import cdiv, precision, rows, run, splits_for, tile
 from .reduce_partials import Segment, launch_reduce_partials
 
@@ -39,12 +39,11 @@ def _down_gradient_kernel(
         row = (tl.program_id(1) * tiles_per_split + index).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         row_ok = row < out_features
         mask = row_ok[:, None] & col_ok[None, :]
-        w = tl.load(weight_ptr + row[:, None] * stride_weight_out + col[None, :] * stride_weight_in, mask=mask, other=0.0)
-        low_rank = low_rank_tile(
-            lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, stride_lora_A, stride_lora_B,
+        updated = updated_tile(
+            weight_ptr, lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, scaling,
+            stride_weight_out, stride_weight_in, stride_lora_A, stride_lora_B,
             RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
         )  # fmt: skip
-        updated = w.to(tl.float32) + scaling * low_rank
         factor = tl.load(factor_ptr + row[:, None] * r + rank[None, :], row_ok[:, None] & rank_ok[None, :], 0.0)
         gradient = dot(tl.trans(factor), updated, gradient, PRECISION)
         if HAS_GRAD:
@@ -75,13 +74,12 @@ def _row_projection_kernel(
         col = (start + tl.arange(0, BLOCK_IN)).to(tl.int64)
         col_ok = col < in_features
         mask = row_ok[:, None] & col_ok[None, :]
-        w = tl.load(weight_ptr + row[:, None] * stride_weight_out + col[None, :] * stride_weight_in, mask=mask, other=0.0)
         g = tl.load(grad_ptr + row[:, None] * stride_grad + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        low_rank = low_rank_tile(
-            lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, stride_lora_A, stride_lora_B,
+        updated = updated_tile(
+            weight_ptr, lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, scaling,
+            stride_weight_out, stride_weight_in, stride_lora_A, stride_lora_B,
             RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
         )  # fmt: skip
-        updated = w.to(tl.float32) + scaling * low_rank
         a = tl.load(lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :], rank_ok[:, None] & col_ok[None, :], 0.0)
         a = tl.trans(a.to(tl.float32))
         grad_projection = dot(g, a, grad_projection, PRECISION)

@@ -8,7 +8,7 @@ a tile of which is formed in registers from rank-2r factors. With q = row sums o
 
     D X = 4 * (M (X / n) - q * X / n) / n,    grad_lora_B = scaling * D P,    grad_lora_A = scaling * (D lora_B)^T V
 
-The update of an entry between two rows in which V cancels most of the weight loses digits: such entries are multiplied out from V.
+Between two rows in which V cancels most of the weight the update loses digits: such entries are multiplied out from V.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import dot, inverse_norm, low_rank_tile
+from ._arithmetic import dot, inverse_norm, updated_tile
 from ._launch import cdiv, precision, rows, run, splits_for, tile
 from .direction_backward import inverse_norms, launch_down_gradient
 from .reduce_partials import Segment, launch_reduce_partials
@@ -36,50 +36,38 @@ def _factor_tile(pointer, row, row_ok, rank, r):
 
 
 @triton.jit
-def _updated_tile(
-    weight_ptr, lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, scaling,
-    stride_weight_out, stride_weight_in, stride_lora_A,
-    RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """V[row, col] in fp32."""
-    offset = row[:, None] * stride_weight_out + col[None, :] * stride_weight_in
-    w = tl.load(weight_ptr + offset, mask=row_ok[:, None] & col_ok[None, :], other=0.0)
-    low_rank = low_rank_tile(
-        lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, stride_lora_A, r,
-        RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
-    )  # fmt: skip
-    return w.to(tl.float32) + scaling * low_rank
-
-
-@triton.jit
 def _orthogonality_kernel(
     gram_ptr, weight_ptr, lora_A_ptr, lora_B_ptr, weight_projection_ptr, projection_ptr, norm_ptr,
     square_partial_ptr, projection_partial_ptr, lora_B_partial_ptr,
     out_features, in_features, r, tiles_per_split, scaling, stride_weight_out, stride_weight_in, stride_lora_A,
-    GRADIENTS: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    CANCELLING: tl.constexpr, GRADIENTS: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program sums M^2, M (P / n) and M (lora_B / n) for BLOCK_OUT rows over one split of the columns, for one chunk of ranks."""
+    """One program sums M^2, M (P / n) and M (lora_B / n) over one split of the columns: BLOCK_OUT rows, one chunk of ranks.
+
+    One launch serves the rows that cancel, which are rare and need registers of their own, another one the rest.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     split, chunk = tl.program_id(1), tl.program_id(2)
     row_ok = row < out_features
     row_norm = tl.load(norm_ptr + row, mask=row_ok, other=0.0)
     row_square = tl.load(gram_ptr + row * (out_features + 1), mask=row_ok, other=0.0)
     row_cancels = (row_norm * row_norm < _CANCELLATION * row_square).to(tl.int32)
+    row_ok &= row_cancels == CANCELLING
     row_inverse = inverse_norm(row_norm)
+    tiles = tiles_per_split
+    if CANCELLING:
+        tiles = tl.where(tl.max(row_ok.to(tl.int32), axis=0) > 0, tiles_per_split, 0)
     rank = (chunk * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     square = tl.zeros((BLOCK_OUT,), tl.float32)
     if GRADIENTS:
         projection_sum = tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32)
         lora_B_sum = tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32)
-    for index in tl.range(0, tiles_per_split):
+    for index in tl.range(0, tiles):
         col = (split * tiles_per_split + index).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         col_ok = col < out_features
         gram = tl.load(gram_ptr + row[:, None] * out_features + col[None, :], row_ok[:, None] & col_ok[None, :], 0.0)
         col_norm = tl.load(norm_ptr + col, mask=col_ok, other=0.0)
-        col_square = tl.load(gram_ptr + col * (out_features + 1), mask=col_ok, other=0.0)
-        col_cancels = (col_norm * col_norm < _CANCELLATION * col_square).to(tl.int32)
         update = tl.zeros((BLOCK_OUT, BLOCK_OUT), tl.float32)
         for part in tl.range(0, RANK_CHUNKS):
             inner = (part * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -88,21 +76,24 @@ def _orthogonality_kernel(
             b = _factor_tile(lora_B_ptr, row, row_ok, inner, r)
             update = dot(b, tl.trans(_factor_tile(projection_ptr, col, col_ok, inner, r)), update, PRECISION)
         gram += scaling * update
-        if tl.max(row_cancels, axis=0) * tl.max(col_cancels, axis=0) > 0:
+        if CANCELLING:
+            col_square = tl.load(gram_ptr + col * (out_features + 1), mask=col_ok, other=0.0)
+            col_cancels = col_ok & (col_norm * col_norm < _CANCELLATION * col_square)
             direct = tl.zeros((BLOCK_OUT, BLOCK_OUT), tl.float32)
-            for start in tl.range(0, in_features, BLOCK_IN):
+            features = tl.where(tl.max(col_cancels.to(tl.int32), axis=0) > 0, in_features, 0)
+            for start in tl.range(0, features, BLOCK_IN):
                 feature = (start + tl.arange(0, BLOCK_IN)).to(tl.int64)
                 feature_ok = feature < in_features
-                left = _updated_tile(
+                left = updated_tile(
                     weight_ptr, lora_A_ptr, lora_B_ptr, row, row_ok, feature, feature_ok, r, scaling,
-                    stride_weight_out, stride_weight_in, stride_lora_A, RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
+                    stride_weight_out, stride_weight_in, stride_lora_A, r, RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
                 )  # fmt: skip
-                right = _updated_tile(
+                right = updated_tile(
                     weight_ptr, lora_A_ptr, lora_B_ptr, col, col_ok, feature, feature_ok, r, scaling,
-                    stride_weight_out, stride_weight_in, stride_lora_A, RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
+                    stride_weight_out, stride_weight_in, stride_lora_A, r, RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
                 )  # fmt: skip
                 direct = dot(left, tl.trans(right), direct, PRECISION)
-            gram = tl.where(row_cancels[:, None] * col_cancels[None, :] > 0, direct, gram)
+            gram = tl.where(col_cancels[None, :], direct, gram)
         col_inverse = inverse_norm(col_norm)
         gram = tl.where(row[:, None] == col[None, :], 0.0, gram * row_inverse[:, None] * col_inverse[None, :])
         square += tl.sum(gram * gram, axis=1)
@@ -110,8 +101,8 @@ def _orthogonality_kernel(
             gram *= col_inverse[None, :]
             projection_sum = dot(gram, _factor_tile(projection_ptr, col, col_ok, rank, r), projection_sum, PRECISION)
             lora_B_sum = dot(gram, _factor_tile(lora_B_ptr, col, col_ok, rank, r), lora_B_sum, PRECISION)
-    first = tl.where(chunk == 0, out_features, 0)
-    tl.store(square_partial_ptr + split.to(tl.int64) * out_features + row, square, mask=row < first)
+    first = row_ok & (row < tl.where(chunk == 0, out_features, 0))
+    tl.store(square_partial_ptr + split.to(tl.int64) * out_features + row, square, mask=first)
     if GRADIENTS:
         offset = (split.to(tl.int64) * out_features + row)[:, None] * r + rank[None, :]
         mask = row_ok[:, None] & (rank < r)[None, :]
@@ -136,13 +127,19 @@ def launch_orthogonality(
     options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     squares = torch.empty(splits, out_features, **options)
     partials = [torch.empty(splits, out_features * r, **options) for _ in range(2 if needs_gradients else 0)]
-    if out_features:
-        run(
-            "orthogonality", _orthogonality_kernel, (blocks, splits, chunks), weight,
-            weight_gram, weight, lora_A, lora_B, weight_projection, projection, norm, squares, *(partials or (norm, norm)),
-            out_features, in_features, r, tiles_per_split, float(scaling), *weight.stride(), lora_A.stride(0),
-            GRADIENTS=needs_gradients, RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(weight_gram), **chosen,
-        )  # fmt: skip
+    small = tile("orthogonality_cancelling", r, weight_gram).copy()
+    small["BLOCK_OUT"] = min(small["BLOCK_OUT"], chosen["BLOCK_OUT"])  # so that both cut the columns at the same places
+    for cancelling, sizes in ((0, chosen), (1, small)):
+        if out_features:
+            block, rank_block = sizes["BLOCK_OUT"], sizes["BLOCK_R"]
+            grid = (cdiv(out_features, block), splits, cdiv(r, rank_block) if needs_gradients else 1)
+            run(
+                "orthogonality", _orthogonality_kernel, grid, weight,
+                weight_gram, weight, lora_A, lora_B, weight_projection, projection, norm, squares, *(partials or (norm, norm)),
+                out_features, in_features, r, cdiv(tiles_per_split * chosen["BLOCK_OUT"], block), float(scaling),
+                *weight.stride(), lora_A.stride(0), CANCELLING=cancelling, GRADIENTS=needs_gradients,
+                RANK_CHUNKS=cdiv(r, rank_block), PRECISION=precision(weight_gram), **sizes,
+            )  # fmt: skip
     row_squares, *sums = launch_reduce_partials(Segment(squares), *(Segment(partial) for partial in partials))
     penalty = row_squares.sum()
     if not needs_gradients:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import dot, low_rank_tile
+from ._arithmetic import dot, updated_tile
 from ._launch import cdiv, precision, rows, run, tile
 
 CANCELLATION = 1e-2
@@ -85,15 +85,11 @@ def _weight_norm_factors_kernel(
             for start in tl.range(0, in_features, BLOCK_IN):
                 col = (start + tl.arange(0, BLOCK_IN)).to(tl.int64)
                 col_ok = col < in_features
-                w = tl.load(
-                    weight_ptr + row[:, None] * stride_weight_out + col[None, :] * stride_weight_in,
-                    mask=row_ok[:, None] & col_ok[None, :], other=0.0,
-                )  # fmt: skip
-                low_rank = low_rank_tile(
-                    lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, stride_lora_A, stride_lora_B,
+                updated = updated_tile(
+                    weight_ptr, lora_A_ptr, lora_B_ptr, row, row_ok, col, col_ok, r, scaling,
+                    stride_weight_out, stride_weight_in, stride_lora_A, stride_lora_B,
                     RANK_CHUNKS, PRECISION, BLOCK_OUT, BLOCK_IN, BLOCK_R,
                 )  # fmt: skip
-                updated = w.to(tl.float32) + scaling * low_rank
                 direct += tl.sum(updated * updated, axis=1)
                 a = tl.load(lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :], (rank < r)[:, None] & col_ok[None, :], 0.0)
                 projection = dot(updated, tl.trans(a), projection, PRECISION)

@@ -81,7 +81,8 @@ def auto_choice(device_type: str) -> BackendChoice:
     for backend in _PREFERENCE.get(device_type, ()):
         reason = _missing(backend, device_type)
         if reason is None:
-            return BackendChoice(device_type, backend, "available")
+            limit = "; layers in fp64 or with sizes that are not multiples of 8 take the reference" if backend == "triton" else ""
+            return BackendChoice(device_type, backend, f"available{limit}")
         reasons.append(f"{backend}: {reason}")
     return BackendChoice(device_type, "reference", "; ".join(reasons) or f"no kernels for {device_type}")
 

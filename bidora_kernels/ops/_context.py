@@ -25,6 +25,7 @@ class PassMode:
     differentiate_norm: overrides the layers' `detach_norm` (True differentiates the norm).
     backend: overrides the backend choice by name.
     precise: 16-bit layers compute their base output in fp32, for passes whose signal is a small change.
+    reuse: overrides the layers' `reuse`, the number of passes that run with the same parameters.
     seen_dtypes: filled by the operations with the dtypes their matrix products ran in.
     """
 
@@ -32,6 +33,7 @@ class PassMode:
     differentiate_norm: bool | None = None
     backend: str | None = None
     precise: bool = False
+    reuse: int | None = None
     seen_dtypes: set[torch.dtype] = dataclasses.field(default_factory=set, compare=False)
 
     def saw(self, dtype: torch.dtype) -> None:
@@ -77,6 +79,7 @@ def pass_mode(
     differentiate_norm: bool | None = None,
     backend: str | None = None,
     precise: bool | None = None,
+    reuse: int | None = None,
 ) -> Iterator[PassMode]:
     """Set what the operations called inside compute; arguments left at None are inherited from an enclosing `pass_mode`.
 
@@ -93,6 +96,7 @@ def pass_mode(
         differentiate_norm=outer.differentiate_norm if differentiate_norm is None else differentiate_norm,
         backend=outer.backend if backend is None else backend,
         precise=outer.precise if precise is None else precise,
+        reuse=outer.reuse if reuse is None else reuse,
     )
     with adopt_mode(mode):
         yield mode

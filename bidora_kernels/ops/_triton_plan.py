@@ -1,7 +1,8 @@
 """How the triton backend runs a layer: library products with the frozen weight, one kernel for everything around them.
 
 Activation plan: base = x W^T and hidden = x lora_A^T by the library, then `compose`; backward, `compose_backward` and one product
-per gradient. The products run in the input's (or autocast's) dtype, the rest in fp32.
+per gradient; at large ranks library products also take over the low-rank gradients. The products run in the input's (or
+autocast's) dtype, the rest in fp32. A precise pass multiplies the same 16-bit operands, but keeps the base output in fp32.
 """
 
 from __future__ import annotations
@@ -9,16 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._triton_gradients import flat, layer_gradients, norm_gradients, operand_dtype, product
+
 
 def kept_dtype(
     weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool
 ) -> torch.dtype | None:
     """The dtype of the base output, which the magnitude's gradient needs; y / magnitude would be lost near magnitude 0."""
     return product_dtype if keeps else None
-
-
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
 def forward(
@@ -45,11 +44,12 @@ def forward(
     else:
         norm = norm.float()
         scale = launch_row_scale(magnitude, norm)
-    frozen = weight.to(product_dtype)
-    base = torch.mm(_flat(x, product_dtype), frozen.t())
-    inputs = _flat(x if x_dropped is None else x_dropped, product_dtype)
-    base_dropped = None if x_dropped is None else torch.mm(inputs, frozen.t())
-    hidden = torch.mm(inputs, lora_A.to(product_dtype).t())
+    operands = operand_dtype(x, weight, product_dtype)
+    frozen = weight.to(operands)
+    base = product(flat(x, operands), frozen.t(), product_dtype)
+    inputs = flat(x if x_dropped is None else x_dropped, operands)
+    base_dropped = None if x_dropped is None else product(inputs, frozen.t(), product_dtype)
+    hidden = torch.mm(inputs.to(product_dtype), lora_A.to(product_dtype).t())
     in_place = base if (not keeps or x_dropped is not None) and base.dtype == out_dtype else None
     y = launch_compose(base, hidden, lora_B, scale, scaling, bias, base_dropped, output=in_place, dtype=out_dtype)
     kept = base if x_dropped is None else base_dropped
@@ -76,32 +76,31 @@ def backward(
     product_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed."""
-    from ..kernels.compose_backward import launch_compose_backward
     from ..kernels.weight_norm import launch_row_scale
-    from ..kernels.weight_norm_backward import launch_weight_norm_backward
-    from ..kernels.weight_norm_factors import launch_weight_norm_factors
 
     norm = norm.float()
     scale = launch_row_scale(magnitude, norm)
-    inputs, frozen, down = _flat(x, product_dtype), weight.to(product_dtype), lora_A.to(product_dtype)
+    operands = operand_dtype(x, weight, product_dtype)
+    inputs, frozen, down = flat(x, product_dtype), weight.to(operands), lora_A.to(product_dtype)
     through_norm = needs_direction and differentiate_norm
     needs_inner = needs_dropped if dropped else needs_x
-    grads = launch_compose_backward(
-        grad_output, torch.mm(inputs, down.t()), lora_B, scale, norm, scaling, base=kept, dropped=dropped,
+    reads_hidden = needs_direction or needs_magnitude
+    hidden = torch.mm(inputs, down.t()) if reads_hidden else inputs.new_empty(inputs.shape[0], lora_A.shape[0])
+    grads = layer_gradients(
+        grad_output, hidden, lora_B, scale, norm, scaling, base=kept, dropped=dropped,
         needs_base=needs_inner, needs_hidden=needs_inner or needs_direction, needs_lora_B=needs_direction,
-        needs_magnitude=needs_magnitude or through_norm, base_dtype=product_dtype, hidden_dtype=product_dtype,
+        needs_magnitude=needs_magnitude or through_norm, base_dtype=operands,
     )  # fmt: skip
     grad_inner = grad_A = None
     if grads.base is not None and grads.hidden is not None:
-        grad_inner = torch.addmm(torch.mm(grads.base, frozen), grads.hidden, down)
+        grad_inner = torch.addmm(torch.mm(grads.base, frozen), grads.hidden.to(operands), lora_A.to(operands))
     grad_x = grad_inner
     if dropped:
-        grad_x = torch.mm(grad_output.to(product_dtype), frozen) if needs_x else None
+        grad_x = torch.mm(grad_output.to(operands), frozen) if needs_x else None
     grad_B, grad_magnitude = grads.lora_B, grads.magnitude
     if needs_direction and grads.hidden is not None:
-        grad_A = torch.mm(grads.hidden.t(), inputs).float()
+        grad_A = product(grads.hidden.t(), inputs, torch.float32)
     if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
-        _, _, projection = launch_weight_norm_factors(weight, lora_A, lora_B, scaling)
-        norm_A, norm_B = launch_weight_norm_backward(-scale * grad_magnitude, norm, projection, weight, lora_A, lora_B, scaling)
+        norm_A, norm_B = norm_gradients(grad_magnitude, scale, norm, weight, lora_A, lora_B, scaling)
         grad_A, grad_B = grad_A + norm_A, grad_B + norm_B
     return grad_x, grad_inner if dropped else None, grad_A, grad_B, grad_magnitude if needs_magnitude else None

@@ -1,7 +1,9 @@
 """y = c * (x V^T) + bias with c = magnitude / ||V||, one operator forward and one backward (DoRA, arXiv:2402.09353, eq. 5).
 
 The backward reads the magnitude's gradient off y where it can, so that nothing but x and y stays between the passes; where y
-is not enough (dropout, a 16-bit y of a precise pass) the forward returns what it needs in `kept`.
+is not enough (dropout, a 16-bit y of a precise pass) the forward returns what it needs in `kept`. `plan` says how the triton
+backend runs the layer ("activation" or "weight"); the native backend decides for itself. `merged` is the merged weight where it
+is known already; then `norm_given` is known too, and not a constant.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from torch import Tensor
 
 from .. import reference
 from . import _library as library
+from . import _triton_weight_plan
 
 
-def _plan(backend: str) -> Any:
+def _implementation(backend: str) -> Any:
     if backend == "native":
         from . import _native_plan
 
@@ -44,12 +47,20 @@ def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def _forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
     x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
-    out_dtype: torch.dtype, keeps: bool, backend: str,
+    out_dtype: torch.dtype, keeps: bool, backend: str, plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _without_autocast(x.device.type):
-        y, norm, kept = _plan(backend).forward(
-            x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype, keeps
-        )
+        if plan == "weight":
+            y, norm, kept = _triton_weight_plan.forward(
+                x, weight, lora_A, lora_B, magnitude, norm_given, bias, scaling, product_dtype, out_dtype, keeps, merged
+            )
+        else:
+            y, norm, kept = _implementation(backend).forward(
+                x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype,
+                keeps,
+            )  # fmt: skip
+    if norm is None:
+        raise RuntimeError("a merged weight came without its norms")
     # an operator may not return one of its inputs, nor the same memory twice
     y = _shaped(y, (*x.shape[:-1], weight.shape[0]))
     return y, norm if norm_given is None else x.new_empty(0), x.new_empty(0) if kept is None else kept
@@ -58,10 +69,14 @@ def _forward(
 def _forward_fake(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
     x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
-    out_dtype: torch.dtype, keeps: bool, backend: str,
+    out_dtype: torch.dtype, keeps: bool, backend: str, plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
-    kept_dtype = _plan(backend).kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps)
+    if plan == "weight":
+        kept_dtype = _triton_weight_plan.kept_dtype(product_dtype, out_dtype, keeps, bias is not None)
+    else:
+        dropped = x_dropped is not None
+        kept_dtype = _implementation(backend).kept_dtype(weight, dropped, precise, product_dtype, out_dtype, keeps)
     kept = x.new_empty(0) if kept_dtype is None else y.new_empty(library.flatten(y).shape, dtype=kept_dtype)
     norm = x.new_empty(0) if norm_given is not None else weight.new_empty(weight.shape[0], dtype=reference.norm_dtype(weight))
     return y, norm, kept
@@ -70,7 +85,7 @@ def _forward_fake(
 _dora_linear = library.define(
     "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? norm_given, Tensor? bias, "
     "Tensor? x_dropped, float scaling, bool detach_norm, bool precise, ScalarType product_dtype, "
-    "ScalarType out_dtype, bool keeps, str backend)"
+    "ScalarType out_dtype, bool keeps, str backend, str plan='activation', Tensor? merged=None)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -81,13 +96,20 @@ def _backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
     bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
     needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
+    plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_output, kept = library.flatten(grad_output), None if kept is None else library.flatten(kept)
     with _without_autocast(x.device.type):
-        grads = _plan(backend).backward(
-            library.flatten(grad_output), x, weight, lora_A, lora_B, magnitude, norm, bias,
-            None if kept is None else library.flatten(kept), scaling, dropped, needs_x, needs_dropped, needs_direction,
-            needs_magnitude, differentiate_norm, product_dtype,
-        )  # fmt: skip
+        if plan == "weight":
+            grads = _triton_weight_plan.backward(
+                grad_output, x, weight, lora_A, lora_B, magnitude, norm, kept, scaling, needs_x, needs_direction,
+                needs_magnitude, differentiate_norm, product_dtype, merged,
+            )  # fmt: skip
+        else:
+            grads = _implementation(backend).backward(
+                grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
+                needs_direction, needs_magnitude, differentiate_norm, product_dtype,
+            )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
     return tuple(  # type: ignore[return-value]
         x.new_empty(0) if grad is None else _shaped(grad.to(target.dtype), target.shape)
@@ -99,6 +121,7 @@ def _backward_fake(
     grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
     bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
     needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
+    plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     needed = (needs_x, needs_dropped, needs_direction, needs_direction, needs_magnitude)
     return tuple(  # type: ignore[return-value]
@@ -111,7 +134,7 @@ _dora_linear_backward = library.define(
     "dora_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
     "Tensor norm, Tensor? bias, Tensor? kept, float scaling, bool dropped, bool needs_x, bool needs_dropped, "
     "bool needs_direction, bool needs_magnitude, bool differentiate_norm, ScalarType product_dtype, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str backend, str plan='activation', Tensor? merged=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -137,13 +160,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, *others = inputs
     y, norm, beyond = output
     kept: Tensor | None = None
-    _, product_dtype, _, _, backend = others
+    _, product_dtype, _, _, backend, ctx.plan, merged = others
     needs = ctx.needs_input_grad
     ctx.direction, ctx.magnitude = needs[2] or needs[3], needs[4]
-    ctx.differentiate_norm = not detach_norm and norm_given is None
+    ctx.differentiate_norm = not detach_norm and (norm_given is None or merged is not None)
     ctx.scaling, ctx.backend, ctx.dropped, ctx.product_dtype = scaling, backend, x_dropped is not None, product_dtype
     norm = norm if norm_given is None else norm_given
-    saved = [x if x_dropped is None else x_dropped, weight, lora_A, lora_B, magnitude, norm, bias]
+    saved = [x if x_dropped is None else x_dropped, weight, lora_A, lora_B, magnitude, norm, bias, merged]
     ctx.keeper = None
     if not (ctx.magnitude or (ctx.direction and ctx.differentiate_norm)):
         pass
@@ -172,16 +195,16 @@ def _kept_output(ctx: Any) -> Tensor | None:
 
 
 def _autograd_backward(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, lora_A, lora_B, magnitude, norm, bias, kept = ctx.saved_tensors
+    x, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = _dora_linear_backward(
         grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, _kept_output(ctx) if kept is None else kept,
         ctx.scaling, ctx.dropped, needs[0], needs[7], ctx.direction, ctx.magnitude, ctx.differentiate_norm, ctx.product_dtype,
-        ctx.backend,
+        ctx.backend, ctx.plan, merged,
     )  # fmt: skip
     return (
         grad_x if needs[0] else None, None, grad_A if needs[2] else None, grad_B if needs[3] else None,
-        grad_magnitude if needs[4] else None, None, None, grad_dropped if needs[7] else None, *(None,) * 7,
+        grad_magnitude if needs[4] else None, None, None, grad_dropped if needs[7] else None, *(None,) * 9,
     )  # fmt: skip
 
 
@@ -203,6 +226,8 @@ def dora_linear(
     norm: Tensor | None,
     precise: bool,
     backend: str,
+    plan: str = "activation",
+    merged: Tensor | None = None,
 ) -> Tensor:
     """As `reference.dora_linear`, by one operator; arguments were checked in functional.py."""
     trains = torch.is_grad_enabled() and (
@@ -210,5 +235,5 @@ def dora_linear(
     )
     return _dora_linear(
         x, weight, lora_A, lora_B, magnitude, norm, bias, x_dropped, scaling, detach_norm, precise,
-        reference.matmul_dtype(x, weight, precise), reference.output_dtype(x), trains, backend,
+        reference.matmul_dtype(x, weight, precise), reference.output_dtype(x), trains, backend, plan, merged,
     )[0]  # fmt: skip

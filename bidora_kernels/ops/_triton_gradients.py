@@ -1,0 +1,88 @@
+"""What the plans of the triton backend share: products into fp32, and the gradients around the library products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY_RANK = 128  # from this rank on two library products replace the low-rank part of `compose_backward`
+
+
+def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., features] as [tokens, features] in a dtype."""
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in a dtype that is at least as wide as theirs, accumulated in fp32 and rounded once."""
+    if a.dtype == dtype and b.dtype == dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def operand_dtype(x: Tensor, weight: Tensor, product_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the operands of a product: a precise pass multiplies 16-bit operands as they are, into fp32."""
+    return x.dtype if x.dtype == weight.dtype and x.element_size() == 2 else product_dtype
+
+
+def layer_gradients(
+    grad_output: Tensor,
+    hidden: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    norm: Tensor,
+    scaling: float,
+    *,
+    base: Tensor | None = None,
+    output: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    dropped: bool = False,
+    needs_base: bool,
+    needs_hidden: bool,
+    needs_lora_B: bool,
+    needs_magnitude: bool,
+    base_dtype: torch.dtype,
+) -> Any:
+    """`launch_compose_backward`, its low-rank gradients by two library products at large ranks; arguments as there."""
+    from ..kernels.compose_backward import ComposeGradients, launch_compose_backward
+    from ..kernels.direction_backward import inverse_norms
+
+    dtype = hidden.dtype
+    from_base = needs_magnitude and output is None
+    if hidden.shape[1] < LIBRARY_RANK or not (needs_hidden or needs_lora_B or from_base):
+        return launch_compose_backward(
+            grad_output, hidden, lora_B, scale, norm, scaling, base=base, output=output, magnitude=magnitude, dropped=dropped,
+            needs_base=needs_base, needs_hidden=needs_hidden, needs_lora_B=needs_lora_B, needs_magnitude=needs_magnitude,
+            base_dtype=base_dtype, hidden_dtype=dtype,
+        )  # fmt: skip
+    rest = launch_compose_backward(
+        grad_output, hidden, lora_B, scale, norm, scaling, output=base if from_base else output, magnitude=magnitude,
+        dropped=dropped, needs_base=needs_base, needs_hidden=False, needs_lora_B=False, needs_magnitude=needs_magnitude,
+        base_dtype=base_dtype,
+    )  # fmt: skip
+    grad = grad_output.to(dtype)
+    grad_hidden = grad_B = None
+    if needs_hidden:
+        grad_hidden = torch.mm(grad, (scaling * scale[:, None] * lora_B).to(dtype))
+    if needs_lora_B or from_base:
+        raw = product(grad.t(), hidden, torch.float32)
+        grad_B = scaling * scale[:, None] * raw if needs_lora_B else None
+        if from_base and rest.magnitude is not None:
+            low_rank = scaling * (raw * lora_B).sum(1)
+            return ComposeGradients(rest.base, grad_hidden, grad_B, (rest.magnitude + low_rank) * inverse_norms(norm))
+    return ComposeGradients(rest.base, grad_hidden, grad_B, rest.magnitude)
+
+
+def norm_gradients(
+    grad_magnitude: Tensor, scale: Tensor, norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """What a norm that is differentiated adds to (grad_lora_A, grad_lora_B), given the magnitude's gradient."""
+    from ..kernels.weight_norm_backward import launch_weight_norm_backward
+    from ..kernels.weight_norm_factors import launch_weight_norm_factors
+
+    _, _, projection = launch_weight_norm_factors(weight, lora_A, lora_B, scaling)
+    return launch_weight_norm_backward(-scale * grad_magnitude, norm, projection, weight, lora_A, lora_B, scaling)

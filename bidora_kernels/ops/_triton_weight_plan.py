@@ -1,0 +1,112 @@
+"""The weight plan of the triton backend: write the merged weight W' = c * V once, then multiply with it alone.
+
+W' is in the product's dtype; 16-bit values are rounded with a fixed dither, so that small changes of the adapter survive. It is
+rebuilt, bit for bit, in the backward, or comes from outside where it serves several passes. The magnitude's gradient is read off
+the output without its bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._triton_gradients import flat, layer_gradients, norm_gradients, product
+
+DITHER_SEED = 0x5EED
+
+
+def kept_dtype(product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool, has_bias: bool) -> torch.dtype | None:
+    """The dtype of the output without bias, where the backward needs it and y is something else."""
+    return product_dtype if keeps and (has_bias or product_dtype != out_dtype) else None
+
+
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    norm: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(W' [out, in] in `dtype`, the row norms in fp32)."""
+    from ..kernels.merged_weight import launch_merged_weight
+
+    norm = None if norm is None else norm.float()
+    return launch_merged_weight(weight, lora_A, lora_B, magnitude, scaling, norm, dtype, DITHER_SEED)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    product_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    keeps: bool,
+    merged: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y [tokens, out] in `out_dtype`, norm, the output without bias where the backward needs it and y is something else)."""
+    if merged is None:
+        merged, norm = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm)
+    inputs = flat(x, product_dtype)
+    if bias is None or keeps:
+        unbiased = torch.mm(inputs, merged.t())
+        y = (unbiased if bias is None else unbiased + bias.to(product_dtype)).to(out_dtype)
+    else:
+        y = unbiased = torch.addmm(bias.to(product_dtype), inputs, merged.t()).to(out_dtype)
+    return y, norm, None if kept_dtype(product_dtype, out_dtype, keeps, bias is not None) is None else unbiased
+
+
+def backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    kept: Tensor | None,
+    scaling: float,
+    needs_x: bool,
+    needs_direction: bool,
+    needs_magnitude: bool,
+    differentiate_norm: bool,
+    product_dtype: torch.dtype,
+    merged: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_x [tokens, in], None, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed."""
+    from ..kernels.magnitude_gradient import launch_magnitude_gradient
+    from ..kernels.weight_norm import launch_row_scale
+
+    norm = norm.float()
+    scale = launch_row_scale(magnitude, norm)
+    inputs = flat(x, product_dtype)
+    through_norm = needs_direction and differentiate_norm
+    needs_sum = needs_magnitude or through_norm
+    if merged is None and (needs_x or (needs_sum and kept is None)):
+        merged, _ = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm)
+    if needs_sum and kept is None and merged is not None:
+        kept = torch.mm(inputs, merged.t())
+    grad_A = grad_B = grad_magnitude = None
+    if needs_direction or needs_sum:
+        down = lora_A.to(product_dtype)
+        hidden = torch.mm(inputs, down.t()) if needs_direction else inputs.new_empty(inputs.shape[0], lora_A.shape[0])
+        grads = layer_gradients(
+            grad_output, hidden, lora_B, scale, norm, scaling, output=kept, magnitude=magnitude, needs_base=False,
+            needs_hidden=needs_direction, needs_lora_B=needs_direction, needs_magnitude=needs_sum, base_dtype=product_dtype,
+        )  # fmt: skip
+        grad_B, grad_magnitude = grads.lora_B, grads.magnitude
+        if grads.hidden is not None:
+            grad_A = product(grads.hidden.t(), inputs, torch.float32)
+        if grad_magnitude is not None:
+            launch_magnitude_gradient(grad_magnitude, grad_output, inputs, weight, lora_A, lora_B, magnitude, norm, scaling)
+        if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
+            norm_A, norm_B = norm_gradients(grad_magnitude, scale, norm, weight, lora_A, lora_B, scaling)
+            grad_A, grad_B = grad_A + norm_A, grad_B + norm_B
+    grad_x = torch.mm(grad_output.to(product_dtype), merged) if needs_x and merged is not None else None
+    return grad_x, None, grad_A, grad_B, grad_magnitude if needs_magnitude else None

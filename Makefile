@@ -7,7 +7,7 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo demo-seeds test test-kernels test-main slow-kernels slow-native bench lint format clean
+.PHONY: install demo demo-seeds test test-kernels test-main slow-kernels slow-native slow-benchmarks sanitize bench lint format clean
 
 install: $(INSTALLED)
 
@@ -63,5 +63,30 @@ slow-kernels: $(INSTALLED)
 slow-native: $(INSTALLED)
 	$(BIN)/python -m pytest tests/ops -m slow
 
+# the gpu suite from end to end at toy sizes, its kernels under the interpreter
+slow-benchmarks: $(INSTALLED)
+	$(BIN)/python -m pytest tests/benchmarks -m slow
+
+# the native library under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): a build of its own, and the tests of the operations
+SANITIZED := build/sanitize
+sanitize: $(INSTALLED)
+	BIDORA_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1" \
+	  $(BIN)/python setup.py --quiet build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest tests/ops tests/test_native.py -m "not slow" --native-library $(SANITIZED)/bidora_kernels/_native.so
+
 bench: $(INSTALLED)
 	$(BIN)/bidora bench --suite cpu
+
+# on a machine with a GPU: the marked tests with two minutes of random layers, then a fixed list of shapes under compute-sanitizer
+.PHONY: test-gpu sanitize-gpu
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu -m gpu
+
+SANITIZER ?= compute-sanitizer
+TOOLS ?= memcheck racecheck initcheck
+sanitize-gpu: $(INSTALLED)
+	for tool in $(TOOLS); do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
+	    $(BIN)/python -m pytest tests/gpu -m gpu -k fixed_shapes -p no:cacheprovider || exit 1; \
+	done

@@ -18,7 +18,9 @@ if triton.knobs.runtime.interpret:
 from bidora_kernels.kernels.compose import launch_compose  # noqa: E402
 from bidora_kernels.kernels.compose_backward import launch_compose_backward  # noqa: E402
 from bidora_kernels.kernels.direction_backward import launch_down_gradient, launch_row_projection  # noqa: E402
+from bidora_kernels.kernels.magnitude_gradient import launch_magnitude_gradient  # noqa: E402
 from bidora_kernels.kernels.merged_weight import launch_merged_weight  # noqa: E402
+from bidora_kernels.kernels.orthogonality import launch_orthogonality  # noqa: E402
 from bidora_kernels.kernels.weight_norm import launch_weight_norm_and_scale, launch_weight_norms  # noqa: E402
 from bidora_kernels.kernels.weight_norm_factors import launch_weight_norm_factors  # noqa: E402
 
@@ -54,6 +56,9 @@ def calls(r: int, dtype: torch.dtype, adapter: torch.dtype) -> dict[str, Callabl
         "weight_norm_factors": lambda: launch_weight_norm_factors(weight, a, b, 0.5),
         "down_gradient": lambda: launch_down_gradient(weight, a, b, 0.5, meta(SIZE, r), weight, vector),
         "row_projection": lambda: launch_row_projection(weight, a, b, 0.5, weight),
+        "magnitude_gradient": lambda: launch_magnitude_gradient(vector, base, base, weight, a, b, vector, vector, 0.5),
+        "orthogonality": lambda: launch_orthogonality(weight, a, b, 0.5, meta(SIZE, SIZE)),
+        "orthogonality value": lambda: launch_orthogonality(weight, a, b, 0.5, meta(SIZE, SIZE), False),
     }
 
 
@@ -85,6 +90,22 @@ def test_budget_on_sm_90(name: str, r: int) -> None:
         if name.startswith(("compose", "merged")) and "magnitude" not in name:
             assert report.store_bits.get(128, 0) > 0, str(report)
         assert report.tensor_core == "wgmma"
+
+
+@pytest.mark.parametrize(
+    "name", ["weight_norm_factors", "down_gradient", "row_projection", "magnitude_gradient", "orthogonality"]
+)
+def test_no_spills_of_the_other_kernels_on_sm_90(name: str) -> None:
+    own = [launch for launch in launches_of(calls(16, BF16, FP32)[name]) if launch.name in (name, "weight_projection")]
+    assert own
+    for launch in own:
+        report = nvidia_report(launch, 90)
+        assert report.spills == 0, (launch.name, str(report))
+        assert not report.float_atomics
+        assert report.shared <= 64 * 1024, str(report)
+        if not launch.options.get("CANCELLING"):
+            assert report.load_bits.get(128, 0) > 0, str(report)
+            assert report.blocks_per_sm >= 2, str(report)
 
 
 @pytest.mark.parametrize("architecture", [80, 100])

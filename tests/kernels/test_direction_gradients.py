@@ -87,6 +87,35 @@ def test_factors(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     assert_rows_close(projection, expected, updated @ single[1].T, bound=size @ absolute.lora_A.T)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_term_of_the_factors_is_noticed(dtype: torch.dtype) -> None:
+    layer = make_layer(72, 104, 16, dtype)
+    exact, absolute, s = layer.double(), layer.double().absolute(), layer.scaling
+    norm, weight_projection, projection = launch_weight_norm_factors(*direction(layer))
+    u, b, gram = exact.weight @ exact.lora_A.T, exact.lora_B, exact.lora_A @ exact.lora_A.T
+    terms = {
+        "weight": exact.weight.square().sum(1), "cross": 2 * s * (b * u).sum(1), "low rank": s * s * ((b @ gram) * b).sum(1),
+    }  # fmt: skip
+    expected, same = reference.weight_norm(*direction(exact)), reference.weight_norm(*direction(layer))
+    torch.testing.assert_close(sum(terms.values()).clamp_min(0).sqrt(), expected, rtol=1e-6, atol=1e-9)
+    size = absolute.weight + s * absolute.lora_B @ absolute.lora_A
+    rows = ordinary_rows(expected)
+    for name in terms:
+        for factor in (0.0, -1.0):
+            squared = sum(terms.values()) + (factor - 1.0) * terms[name]
+            mutated = squared.clamp_min(0).sqrt()
+            # in a row whose cross term happens to be small the norm hardly depends on it
+            assert_mutation_fails(mutated, norm, expected, same, rows, bound=size.norm(dim=1), share=0.8)
+    want = u + s * b @ gram
+    single = [tensor.float() for tensor in (layer.weight, layer.lora_A)]
+    other = reference.direction(*direction(layer)) @ single[1].T
+    for mutated in (u, s * b @ gram, u - s * b @ gram, s * b @ gram - u, u + b @ gram):
+        assert_mutation_fails(mutated, projection, want, other, rows, bound=size @ absolute.lora_A.T)
+    for mutated in (0 * u, -u, want):
+        limit = absolute.weight @ absolute.lora_A.T
+        assert_mutation_fails(mutated, weight_projection, u, single[0] @ single[1].T, rows, bound=limit)
+
+
 def make_cancelling_layer(dtype: torch.dtype) -> Layer:
     """Rows where V is 0.1 % of weight, exactly 0, and where lora_B dominates."""
     layer = make_layer(72, 104, 16, torch.float32, degenerate_rows=False)

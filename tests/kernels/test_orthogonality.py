@@ -75,7 +75,7 @@ def test_rows_that_cancel(dtype: torch.dtype) -> None:
 def test_entries_between_rows_that_cancel_are_multiplied_out() -> None:
     layer, pair = make_cancelling_layer(torch.float32), [VANISHING, 40]
     low_rank = layer.scaling * layer.lora_B @ layer.lora_A
-    layer.weight[pair[1]] = -low_rank[pair[1]] * 1.001
+    layer.weight[pair] = -low_rank[pair] * 1.0003
     value, grad_A, grad_B = launch(layer)
     want, want_A, want_B = expected_of(layer, True)
     unit = reference.normalized_direction(*direction(layer.double()))
@@ -85,7 +85,7 @@ def test_entries_between_rows_that_cancel_are_multiplied_out() -> None:
     gram += layer.scaling * (u @ layer.lora_B.T + layer.lora_B @ p.T)
     norm = reference.weight_norm(*direction(layer.double()))
     updated = float(gram[pair[0], pair[1]].double() / norm[pair[0]] / norm[pair[1]])
-    lost = abs(updated**2 - entry**2)  # what the update alone loses; V itself rounds by about 1e-4 of such a row
+    lost = abs(updated**2 - entry**2)  # what the update alone loses; V itself rounds by about 3e-4 of such a row
     assert lost > 1e-2
     assert (value - want).abs() < 0.05 * lost
     for grad, exact in ((grad_A, want_A), (grad_B, want_B)):

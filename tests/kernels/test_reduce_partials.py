@@ -42,3 +42,33 @@ def test_the_order_of_the_sum_is_fixed_by_the_shape() -> None:
     alone = launch_reduce_partials(Segment(partials))[0]
     beside = launch_reduce_partials(Segment(torch.rand(5, 999)), Segment(partials))[1]
     assert torch.equal(alone, beside)
+
+
+MUTATIONS = {
+    "first part left out": lambda partials, by: partials[1:].sum(0) / by,
+    "last part left out": lambda partials, by: partials[:-1].sum(0) / by,
+    "a part counted twice": lambda partials, by: (partials.sum(0) + partials[4]) / by,
+    "turned": lambda partials, by: -partials.sum(0) / by,
+    "not divided": lambda partials, by: partials.sum(0),
+    "multiplied": lambda partials, by: partials.sum(0) * by,
+    "a thousandth off": lambda partials, by: partials.sum(0) * 1.001 / by,
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_every_term_is_noticed(mutation: str) -> None:
+    partials, by = torch.rand(9, 300) + 0.1, torch.rand(300) + 1.5
+    exact, divisor = partials.double(), by.double()
+    mutated, expected = MUTATIONS[mutation](exact, divisor), exact.sum(0) / divisor
+    for segment in (Segment(partials, norm=by), Segment(partials, divisor=by)):
+        (got,) = launch_reduce_partials(segment)
+        allowed = (9 / 8 + 4 + 3) * 2.0**-24 * expected  # the sum, the inverse and the product
+        assert ((got - expected).abs() <= allowed).all()
+        assert not ((got - mutated).abs() <= allowed).any()
+
+
+def test_a_norm_below_the_floor_is_noticed() -> None:
+    partials, norm = torch.ones(2, 3), torch.tensor([0.9e-18, 1.1e-18, 0.0])
+    (got,) = launch_reduce_partials(Segment(partials, norm=norm))
+    assert got[[0, 2]].abs().max() == 0.0
+    torch.testing.assert_close(got[1], 2.0 / norm[1])

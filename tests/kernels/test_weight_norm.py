@@ -6,7 +6,12 @@ import torch
 from bidora_kernels import reference
 from bidora_kernels.kernels import _arithmetic
 from bidora_kernels.kernels._launch import LAUNCHES
-from bidora_kernels.kernels.weight_norm import launch_weight_norm, launch_weight_norms
+from bidora_kernels.kernels.weight_norm import (
+    launch_row_scale,
+    launch_weight_norm,
+    launch_weight_norm_and_scale,
+    launch_weight_norms,
+)
 
 from .comparison import DTYPES, TINY_ROW, ZERO_ROW, Layer, assert_mutation_fails, assert_rows_close, make_layer, ordinary_rows
 
@@ -101,3 +106,23 @@ def test_every_term_is_noticed(weight_factor: float, low_rank_factor: float) -> 
     expected = reference.weight_norm(exact.weight, exact.lora_A, exact.lora_B, layer.scaling)
     mutated = reference.weight_norm(weight_factor * exact.weight, exact.lora_A, exact.lora_B, low_rank_factor * layer.scaling)
     assert_mutation_fails(mutated, got, expected, same, ordinary_rows(expected))
+
+
+def test_row_scale_and_its_mutations() -> None:
+    norm = torch.cat([torch.rand(300) + 0.5, torch.tensor([0.0, 0.9e-18, 1.1e-18])])
+    magnitude = torch.cat([torch.randn(300) + 2.0, torch.tensor([3.0, 3.0, 3e-18])])
+    got, expected = launch_row_scale(magnitude, norm), reference.row_scale(magnitude.double(), norm.double())
+    allowed = 2.0**-24 * expected.abs()
+    assert ((got - expected).abs() <= allowed).all()
+    assert torch.equal(got[300:302], torch.ones(2))
+    mutations = [norm / magnitude, magnitude * norm, magnitude, 1.0 / norm, -magnitude / norm, magnitude * 1.00001 / norm]
+    for mutated in mutations:
+        assert not ((got - mutated.double()).abs() <= allowed)[:300].any()
+    below = magnitude.double() / norm.double()  # without the floor
+    assert not ((got - below).abs() <= allowed)[300:302].any()
+
+
+def test_the_scale_beside_the_norm() -> None:
+    layer = make_layer(72, 104, 16, torch.float32)
+    norm, scale = launch_weight_norm_and_scale(layer.weight, layer.lora_A, layer.lora_B, layer.magnitude, layer.scaling)
+    assert torch.equal(scale, launch_row_scale(layer.magnitude, norm))

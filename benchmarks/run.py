@@ -59,7 +59,8 @@ def _reason(error: BaseException) -> str:
 def prepare(case: Case, device: str, log: Log) -> tuple[list[Candidate], dict[str, Any]]:
     """Build and check every provider; return those that may be timed, and an entry for each."""
     shared = material(case, device)
-    ready, entries = [], {}
+    ready: list[Candidate] = []
+    entries: dict[str, dict[str, Any]] = {}
     for name, build in providers(case).items():
         try:
             candidate = build(shared)
@@ -187,6 +188,11 @@ def main(arguments: argparse.Namespace) -> int:
             raise ValueError("--device cuda: torch finds no GPU here")
         if arguments.suite == "gpu" and device == "cpu" and not arguments.tiny:
             raise ValueError("--suite gpu needs a GPU; with --tiny it runs at toy sizes on the CPU")
+        if arguments.tune:
+            from . import tune
+
+            tune.main(device, arguments.filter, arguments.tiny, arguments.budget)
+            return 0
         output = Path(arguments.json) if arguments.json else None
         if output is None and not (arguments.tiny or arguments.filter or arguments.suite == "smoke"):
             output = default_output(arguments.suite, device)

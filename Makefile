@@ -59,6 +59,7 @@ demo-seeds: $(INSTALLED)
 # longer than the test budget: the kernels' cross product, 1,000 random layers
 slow-kernels: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels -m slow
+	$(BIN)/python -m pytest tests/kernels/test_compiled.py -m slow
 
 slow-native: $(INSTALLED)
 	$(BIN)/python -m pytest tests/ops -m slow

@@ -98,9 +98,25 @@ def test_fixed_dither(dtype: torch.dtype, seed: int) -> None:
     uniform = torch.where(
         (exponent < -14) & (dtype == torch.float16), uniform / 2.0**32, (uniform % 2 ** (23 - mantissa)) / 2 ** (23 - mantissa)
     )
-    expected = exact.sign() * ((exact.double().abs() / step + uniform).floor() * step)
-    agreeing = got.double() == expected
-    assert agreeing.double().mean() > 0.999  # the uniform's last bits round differently near a boundary
+
+    def share(noise: Tensor | float, sign: float = 1.0) -> float:
+        """Of elements that rounding with this noise explains, among those that are not representable."""
+        expected = exact.sign() * ((exact.double().abs() / step + noise).floor() * step) * sign
+        inexact = exact.double() % step != 0
+        return float((got.double() == expected)[inexact].double().mean())
+
+    assert share(uniform) > 0.999  # the uniform's last bits round differently near a boundary
+    by_columns = hash_bits(exact.numel(), seed).view(exact.shape[1], exact.shape[0]).t().double()
+    mutations = {
+        "cut off": 0.0,
+        "to nearest": 0.5,
+        "another seed": uniform.roll(1, 0),
+        "turned": 1.0 - uniform,
+        "indexed by columns": (by_columns % 2 ** (23 - mantissa)) / 2 ** (23 - mantissa),
+    }
+    for name, noise in mutations.items():
+        assert share(noise) < 0.9, name
+    assert share(uniform, sign=-1.0) < 0.1  # a zero has no sign
     assert ((got.double() - exact.double()).abs() <= step).all()
     assert not torch.equal(got, launch(layer, dither_seed=seed + 7))
 

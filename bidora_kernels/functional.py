@@ -9,6 +9,8 @@ run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -229,6 +231,27 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     if backend == "reference":
         return reference.weight_norm(weight, lora_A, lora_B, scaling)
     return _weight_norm.weight_norm(weight, lora_A, lora_B, scaling, backend)
+
+
+def weight_norms(weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
+    """The norms for several (lora_A, lora_B) of one rank and dtype, [len(sets), out]; constants, not differentiable.
+
+    The triton backend reads the weight once for all of them: a bilevel step's directions and their perturbations.
+    """
+    if not sets:
+        raise ValueError("sets must hold at least one (lora_A, lora_B)")
+    for lora_A, lora_B in sets:
+        checks.check_direction(_quantized.stand_in(weight), lora_A, lora_B)
+    ranks, dtypes = {a.shape[0] for a, _ in sets}, {tensor.dtype for pair in sets for tensor in pair}
+    if len(ranks) > 1 or len(dtypes) > 1:
+        raise ValueError(
+            f"sets must share one rank and one dtype, got ranks {sorted(ranks)} and dtypes {sorted(map(str, dtypes))}"
+        )
+    backend = _serving(weight.device.type, sets[0], weight=_quantized.stand_in(weight))
+    if backend == "reference" or _quantized.format_of(weight) is not None:
+        with torch.no_grad():
+            return torch.stack([weight_norm(weight, lora_A, lora_B, scaling) for lora_A, lora_B in sets])
+    return _weight_norm.weight_norms(_frozen(weight), sets, scaling, backend)
 
 
 def normalized_direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,3 +112,30 @@ torch.library.register_autograd(
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
     """As `reference.weight_norm`, by one operator; arguments were checked in functional.py."""
     return _weight_norm(weight, lora_A, lora_B, scaling, backend)
+
+
+def _forward_sets(weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: float, backend: str) -> Tensor:
+    if backend == "native":
+        return torch.stack([_forward(weight, a, b, scaling, backend) for a, b in zip(lora_A, lora_B, strict=True)])
+    from ..kernels.weight_norm import launch_weight_norms
+
+    return launch_weight_norms(weight, list(zip(lora_A, lora_B, strict=True)), scaling)
+
+
+def _forward_sets_fake(
+    weight: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], scaling: float, backend: str
+) -> Tensor:
+    return weight.new_empty((len(lora_A), weight.shape[0]), dtype=reference.norm_dtype(weight))
+
+
+_weight_norms = library.define(
+    "weight_norms(Tensor weight, Tensor[] lora_A, Tensor[] lora_B, float scaling, str backend) -> Tensor",
+    _forward_sets,
+    _forward_sets_fake,
+)
+
+
+def weight_norms(weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], scaling: float, backend: str) -> Tensor:
+    """[len(sets), out] norms as constants; the triton backend reads weight once for all of them."""
+    lora_A, lora_B = [a.detach() for a, _ in sets], [b.detach() for _, b in sets]
+    return _weight_norms(weight, lora_A, lora_B, scaling, backend)

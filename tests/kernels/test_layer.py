@@ -37,14 +37,19 @@ def dora_parameters(dora: bk.FusedDoraLinear) -> list[Tensor]:
 @pytest.mark.parametrize("detach_norm", [True, False], ids=["detached", "through the norm"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("shape", [(72, 104), (33, 50)], ids=str)
-def test_a_layer_trains_on_the_kernels(shape: tuple[int, int], dropout: float, detach_norm: bool) -> None:
+@pytest.mark.parametrize("plan", ["activation", "weight"])
+def test_a_layer_trains_on_the_kernels(plan: str, shape: tuple[int, int], dropout: float, detach_norm: bool) -> None:
     dora = make_dora(*shape, dropout, detach_norm)
+    dora.forced_plan = plan
     x = torch.randn(2, 7, shape[1])
     expected = run(dora, x, "reference")
     LAUNCHES.clear()
     got = run(dora, x, "triton")
-    for name in ("weight_norm", "compose", "compose_backward", "reduce_partials"):
+    weight_plan = plan == "weight" and dropout == 0.0
+    for name in ("weight_norm", "compose_backward", "reduce_partials"):
         assert LAUNCHES[name] == 1, name
+    assert LAUNCHES["compose"] == (not weight_plan)
+    assert LAUNCHES["merged_weight"] == 2 * weight_plan
     assert (LAUNCHES["down_gradient"] > 0) == (not detach_norm)
     for value, want in zip(got, expected, strict=True):
         torch.testing.assert_close(value, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
@@ -52,6 +57,7 @@ def test_a_layer_trains_on_the_kernels(shape: tuple[int, int], dropout: float, d
 
 def test_a_pass_launches_only_what_it_needs() -> None:
     dora, x = make_dora(72, 104), torch.randn(5, 104)
+    dora.forced_plan = "activation"
     LAUNCHES.clear()
     with torch.no_grad(), bk.use_backend("triton"):
         dora(x)
@@ -86,6 +92,23 @@ def test_functions_reach_the_kernels() -> None:
             torch.testing.assert_close(grad, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference", "auto"])
+def test_several_sets_are_normed_in_one_pass(backend: str) -> None:
+    layers = [make_layer(72, 104, 4, torch.float32, seed=seed) for seed in range(3)]
+    weight, sets = layers[0].weight, [(layer.lora_A.requires_grad_(), layer.lora_B) for layer in layers]
+    LAUNCHES.clear()
+    with bk.use_backend(backend):
+        norms = bk.functional.weight_norms(weight, sets, 1.3)
+        assert LAUNCHES["weight_norm"] == (backend == "triton")
+        with pytest.raises(ValueError, match=r"one rank and one dtype, got ranks \[4\]"):
+            bk.functional.weight_norms(weight, [sets[0], (sets[0][0].double(), sets[0][1].double())], 1.3)
+        with pytest.raises(ValueError, match="at least one"):
+            bk.functional.weight_norms(weight, [], 1.3)
+    assert not norms.requires_grad
+    expected = torch.stack([bk.reference.weight_norm(weight, *pair, 1.3) for pair in sets])
+    torch.testing.assert_close(norms, expected.detach(), rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_penalty_reaches_its_kernel(dtype: torch.dtype) -> None:
     layer = make_layer(72, 104, 4, dtype, torch.float32)
@@ -96,7 +119,7 @@ def test_the_penalty_reaches_its_kernel(dtype: torch.dtype) -> None:
         with bk.use_backend(backend):
             value = bk.functional.orthogonality_penalty(layer.weight, *leaves, layer.scaling)
             found.append([value.detach(), *torch.autograd.grad(3.0 * value, leaves)])
-        assert LAUNCHES["orthogonality"] == (backend == "triton")
+        assert LAUNCHES["orthogonality"] == (2 if backend == "triton" else 0)
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
 

@@ -99,13 +99,13 @@ class DifferenceMethod:
         if self.one_sided:
             with torch.no_grad():
                 torch._foreach_copy_(self.direction, updated)
-            return direct, torch._foreach_div(torch._foreach_sub(plus, base), float(step))
+            return direct, list(torch._foreach_div(torch._foreach_sub(plus, base), float(step)))
         with torch.no_grad():
             torch._foreach_add_(self.direction, scaled, alpha=-2.0)
         minus = self._gradients(train, self.magnitude)
         with torch.no_grad():
             torch._foreach_add_(self.direction, scaled)
-        return direct, torch._foreach_div(torch._foreach_sub(plus, minus), 2.0 * float(step))
+        return direct, list(torch._foreach_div(torch._foreach_sub(plus, minus), 2.0 * float(step)))
 
     def iteration(self, train: Batch, validation: Batch) -> None:
         """A lower and an upper step."""
@@ -210,7 +210,7 @@ def _compare_terms(
     found = {"direct": _error(direct, wanted[0])}
     if label in COMPARABLE:
         found["second_order"] = _error(second_order, wanted[1])
-    checked = {}
+    checked: dict[str, float] = {}
     for name, error in found.items():
         checked |= oracle.require({name: error}, tolerance[name])
     return checked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -181,7 +182,7 @@ class StepCase(Case):
         return "frozen model"
 
     def tiny(self) -> StepCase:
-        sizes = {"layers": 1, "batch": 4, "sequence": 8, "hidden": 32, "intermediate": 64, "heads": 2}
+        sizes: dict[str, Any] = {"layers": 1, "batch": 4, "sequence": 8, "hidden": 32, "intermediate": 64, "heads": 2}
         return dataclasses.replace(self, **sizes, r=min(self.r, 4), min_rounds=2, max_rounds=2, without=())
 
 
@@ -218,7 +219,7 @@ def layer_case(model: str, layer: str, tokens: int, r: int, dtype: str, kind=Lay
     )
 
 
-def _llama(kind: type[StepCase], **more: object) -> StepCase:
+def _llama(kind: type[StepCase], **more: Any) -> StepCase:
     return kind(
         model="llama-2-7b",
         layers=8,
@@ -234,16 +235,16 @@ def _llama(kind: type[StepCase], **more: object) -> StepCase:
 
 
 def _smoke() -> Iterator[Case]:
-    short = {"min_rounds": 3, "max_rounds": 3, "max_sets": 3}
+    short: dict[str, Any] = {"min_rounds": 3, "max_rounds": 3, "max_sets": 3}
     yield layer_case("roberta-base", "attention", 128, 4, "fp32", **short)
     yield layer_case("gpt2-medium", "attn.c_proj", 128, 16, "fp32", **short)
     yield layer_case("roberta-base", "attention", 24, 4, "bf16", **short)
     yield layer_case("roberta-base", "intermediate", 1, 16, "fp32", DecodeCase, **short)
     for operation in ("weight_norm", "merged_weight", "orthogonality_penalty"):
         yield OperationCase(operation=operation, out_features=768, in_features=768, r=8, **short)
-    small = {"layers": 1, "batch": 4, "sequence": 16, "hidden": 64, "intermediate": 128, "heads": 4, "model": "roberta-small"}
-    yield StepCase(**small, **short)
-    yield BilevelCase(**small, **short)
+    small: dict[str, Any] = {"layers": 1, "batch": 4, "sequence": 16, "hidden": 64, "intermediate": 128, "heads": 4}
+    for kind in (StepCase, BilevelCase):
+        yield kind(model="roberta-small", **small, **short)
 
 
 NARROW = ("roberta-base", "roberta-large", "gpt2-medium")
@@ -257,7 +258,7 @@ def _cpu() -> Iterator[Case]:
         yield StepCase(targets=targets, without=REFERENCE)
         yield BilevelCase(targets=targets, batch=4, min_rounds=5, max_rounds=5, without=COSTLY)
     yield BilevelCase(layers=1, batch=4, min_rounds=5, max_rounds=5)
-    growth = {"batch": 2, "min_rounds": 5, "max_rounds": 5, "without": (*REFERENCE, "plain function")}
+    growth: dict[str, Any] = {"batch": 2, "min_rounds": 5, "max_rounds": 5, "without": (*REFERENCE, "plain function")}
     for layers in (1, 2, 3, 6, 12):
         yield StepCase(**{**growth, "layers": layers})
     for r in (16, 64):
@@ -286,7 +287,7 @@ def _cpu_layers() -> Iterator[Case]:
     for case in layer_cases(NARROW, (4096,), RANKS, "fp32", seconds=3.0, min_rounds=5):
         if (case.model, case.layer) == ("roberta-base", "attention"):
             yield dataclasses.replace(case, compiled=case.r == 16, plans=case.r == 16)
-        elif case.r == 16:
+        elif case.r == 16 and case.layer not in ("c_fc", "mlp.c_proj"):  # the shapes of RoBERTa-large, whose times are long
             wide = max(case.out_features, case.in_features) > 1024
             yield dataclasses.replace(case, min_rounds=4, without=REFERENCE) if wide else case
     for case in layer_cases(NARROW, (1,), (4, 16, 64), "fp32", DecodeCase, seconds=1.0):

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from . import predict
 from .machine import label
@@ -26,6 +28,17 @@ def _color(name: str) -> str:
     return next((color for prefix, color in COLORS.items() if name.startswith(prefix)), OTHER_COLOR)
 
 
+def _plain_ticks(axis: Axis, at: Sequence[float] | None = None) -> None:
+    """Numbers as they are on a logarithmic axis: 1, 2 and 5 of each decade, or `at`."""
+    if at is None:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axis.set_ticks(list(at))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_tick_params(labelsize=8)
+
+
 def _bars(axes: Axes, values: Sequence[tuple[str, float, float, float]], unit: str) -> None:
     """Horizontal bars with intervals, in the order given from the top."""
     names = [name for name, *_ in values]
@@ -38,6 +51,7 @@ def _bars(axes: Axes, values: Sequence[tuple[str, float, float, float]], unit: s
     for row, (_, value, _, high) in enumerate(values):
         axes.text(high + max(middle) * 0.01, row, f" {value:.2f}", va="center", fontsize=7)
     axes.set_xlabel(unit, fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -134,23 +148,19 @@ def roofline_chart(document: Document) -> Figure | None:
     dtypes = sorted({e["case"]["dtype"] for e in document["cases"].values()})
     for dtype in dtypes:
         roof = ceilings[f"matmul_{dtype}_gflop_s"] * 1e9
-        xs = [low * (high / low) ** (step / 100) for step in range(101)]
-        axes.plot(xs, [min(roof, x * ceilings["copy_gb_s"] * 1e9) / 1e9 for x in xs], color="#555", lw=1)
+        grid = [low * (high / low) ** (step / 100) for step in range(101)]
+        axes.plot(grid, [min(roof, x * ceilings["copy_gb_s"] * 1e9) / 1e9 for x in grid], color="#555", lw=1)
         axes.text(high, roof / 1e9 * 1.06, f"{dtype} product", ha="right", fontsize=7)
     markers = iter("os^Dvx*P")
     for name, values in points.items():
-        axes.scatter(
-            *zip(*[(x, y / 1e9) for x, y in values], strict=True),
-            s=16,
-            label=name,
-            color=_color(name),
-            marker=next(markers),
-            alpha=0.75,
-        )
+        xs, ys = [x for x, _ in values], [y / 1e9 for _, y in values]
+        axes.scatter(xs, ys, s=16, label=name, color=_color(name), marker=next(markers), alpha=0.75)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("counted operations per byte")
-    axes.set_ylabel("GFLOP/s achieved")
+    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis)
+    axes.set_xlabel("counted operations per byte", fontsize=9)
+    axes.set_ylabel("GFLOP/s achieved", fontsize=9)
     axes.legend(fontsize=7)
     axes.set_title(f"Roofline, {label(document['machine'])}", fontsize=10)
     return figure
@@ -187,13 +197,16 @@ def growth_chart(document: Document) -> Figure | None:
     for axes, (kind, field, curves) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
         for name, values in curves.items():
             axes.plot(*zip(*values, strict=True), marker="o", ms=3, color=_color(name), label=name)
+        axes.tick_params(labelsize=8)
         if field in ("tokens", "r"):
             axes.set_xscale("log", base=2)
+        _plain_ticks(axes.xaxis, sorted({value for points in curves.values() for value, _ in points}))
         if field == "tokens":
             axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
         else:
             axes.set_ylim(bottom=0)
-        axes.set_xlabel(field)
+        axes.set_xlabel(field, fontsize=9)
         axes.set_title(f"{kind}, ms", fontsize=9)
         axes.legend(fontsize=6)
         axes.spines[["top", "right"]].set_visible(False)

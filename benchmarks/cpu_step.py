@@ -45,7 +45,6 @@ def gates(case: Case, times: Times) -> Iterator[Gate]:
 
 def cases(what: str) -> list[Case]:
     """The cases of one part of the gates: "step", "decode" or "operations". Raises ValueError for another name."""
-    rounds = {"min_rounds": 20, "max_rounds": 20, "without": REFERENCE}
     if what == "step":
         found: list[Case] = [case for case in suite("cpu", "step/") if case.min_rounds >= 20 and case.dtype == "fp32"]
     elif what == "decode":
@@ -54,7 +53,7 @@ def cases(what: str) -> list[Case]:
         found = [OperationCase(operation=name, r=r) for name in ("weight_norm", "merged_weight") for r in (1, 8, 64)]
     else:
         raise ValueError(f"the part must be one of step, decode, operations, got {what!r}")
-    return [dataclasses.replace(case, **rounds) for case in found]
+    return [dataclasses.replace(case, min_rounds=20, max_rounds=20, without=REFERENCE) for case in found]
 
 
 def main() -> int:

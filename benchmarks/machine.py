@@ -84,8 +84,8 @@ def label(machine: dict[str, Any]) -> str:
 
 def commit() -> dict[str, Any]:
     """The commit of the checkout, and whether measured code differs from it."""
-    changed = _command("git", "status", "--porcelain", "--", "bidora_kernels", "csrc", "benchmarks")
-    changed = [line for line in (changed or "").splitlines() if "benchmarks/results" not in line]
+    status = _command("git", "status", "--porcelain", "--", "bidora_kernels", "csrc", "benchmarks") or ""
+    changed = [line for line in status.splitlines() if "benchmarks/results" not in line]
     return {"commit": _command("git", "rev-parse", "HEAD") or "unknown", "modified": bool(changed)}
 
 
@@ -104,7 +104,8 @@ def _best(block: Any, device: str, seconds: float) -> float:
     """The median time of a block over a stretch: a ceiling should hold while the suite runs, not once."""
     clock = clock_for(device)
     block()
-    times, started = [], time.perf_counter()
+    times: list[float] = []
+    started = time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - started < seconds and len(times) < 200):
         times.append(clock.seconds(block))
     return statistics.median(times)

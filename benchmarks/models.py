@@ -32,6 +32,7 @@ TARGETS = {
     "llama": {"all-linear": r".*layers\.\d+\..*_proj", "q+v": r".*layers\.\d+\..*(q_proj|v_proj)"},
 }
 Batch = dict[str, Tensor]
+Model = Any  # an nn.Module whose layers are reached by name
 
 
 class Workbench:
@@ -45,7 +46,7 @@ class Workbench:
         self.autocast = case.dtype != "fp32" and self.family != "llama"  # an encoder stays in fp32 under autocast
         torch.manual_seed(0)
         with torch.device(device):
-            self.base = self._build().to(self.weight_dtype).train()
+            self.base: Model = self._build().to(self.weight_dtype).train()
         self.base.requires_grad_(False)
         self.targets = TARGETS[self.family][case.targets]
         self.heads = ["classifier"] if self.family == "roberta" else []
@@ -53,9 +54,9 @@ class Workbench:
         self.scaling = 2.0
         self.values = self._adapter_values()
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Model:
         case = self.case
-        sizes = {
+        sizes: dict[str, Any] = {
             "hidden_size": case.hidden,
             "intermediate_size": case.intermediate,
             "num_hidden_layers": case.layers,
@@ -102,7 +103,7 @@ class Workbench:
                 values[name] = oracle.Adapter(lora_A, lora_B, magnitude, self.scaling)
         return values
 
-    def copy(self, dtype: torch.dtype | None = None) -> nn.Module:
+    def copy(self, dtype: torch.dtype | None = None) -> Model:
         """The model again: every frozen tensor shared, the head its own; or all of it in another dtype."""
         if dtype is not None:
             return copy.deepcopy(self.base).to(dtype)
@@ -110,7 +111,7 @@ class Workbench:
         shared = {id(p): p for p in (*self.base.parameters(), *self.base.buffers()) if id(p) not in head}
         return copy.deepcopy(self.base, shared)
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: Model, batch: Batch) -> Tensor:
         """The mean loss of a batch, under autocast where the case says so."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             return model(**batch).loss
@@ -161,7 +162,7 @@ class Workbench:
 Parts = dict[str, list[Tensor]]
 
 
-def frozen_model(bench: Workbench) -> tuple[nn.Module, Parts]:
+def frozen_model(bench: Workbench) -> tuple[Model, Parts]:
     """The floor: no adapters, the head trained, gradients flowing back to where the first adapters would sit."""
     model = bench.copy()
 
@@ -175,20 +176,20 @@ def frozen_model(bench: Workbench) -> tuple[nn.Module, Parts]:
     return model, {}
 
 
-def peft_model(bench: Workbench, dora: bool, fp32: bool = False) -> tuple[nn.Module, Parts]:
+def peft_model(bench: Workbench, dora: bool, fp32: bool = False) -> tuple[Model, Parts]:
     """The model under PEFT, with the adapter values; adapters in the weights' dtype, or in fp32."""
     need_package("peft")
     import peft
 
     config = peft.LoraConfig(
         r=bench.case.r,
-        lora_alpha=bench.scaling * bench.case.r,
+        lora_alpha=int(bench.scaling * bench.case.r),
         target_modules=bench.targets,
         modules_to_save=bench.heads or None,
         use_dora=dora,
         lora_dropout=0.0,
     )
-    model = peft.get_peft_model(bench.copy(), config, autocast_adapter_dtype=fp32)
+    model: Model = peft.get_peft_model(bench.copy(), config, autocast_adapter_dtype=fp32)
     parts: Parts = {"lora_A": [], "lora_B": [], "magnitude": []}
     with torch.no_grad():
         for name, adapter in bench.values.items():
@@ -201,7 +202,7 @@ def peft_model(bench: Workbench, dora: bool, fp32: bool = False) -> tuple[nn.Mod
     return model, parts if dora else {}
 
 
-def bidora_model(bench: Workbench) -> tuple[nn.Module, Parts]:
+def bidora_model(bench: Workbench) -> tuple[Model, Parts]:
     """The model with this library's layers."""
     model = bench.copy()
     bk.apply_dora(model, bench.dora_config())
@@ -211,6 +212,10 @@ def bidora_model(bench: Workbench) -> tuple[nn.Module, Parts]:
 
 
 class _PlainFunctionLinear(nn.Module):
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+
     def __init__(self, linear: nn.Linear, adapter: oracle.Adapter) -> None:
         super().__init__()
         self.weight, self.bias, self.scaling = linear.weight, linear.bias, adapter.scaling
@@ -221,7 +226,7 @@ class _PlainFunctionLinear(nn.Module):
         return plain_function(x, self.weight, self.lora_A, self.lora_B, self.magnitude, self.scaling, self.bias)
 
 
-def plain_function_model(bench: Workbench) -> tuple[nn.Module, Parts]:
+def plain_function_model(bench: Workbench) -> tuple[Model, Parts]:
     """The model with the twenty-line function in its layers."""
     model = bench.copy()
     for name, adapter in bench.values.items():
@@ -233,7 +238,7 @@ def plain_function_model(bench: Workbench) -> tuple[nn.Module, Parts]:
     return model, {part: [getattr(layer, part) for layer in layers] for part in ("lora_A", "lora_B", "magnitude")}
 
 
-def check_model(bench: Workbench, model: nn.Module, parts: Parts, rule: str) -> dict[str, float]:
+def check_model(bench: Workbench, model: Model, parts: Parts, rule: str) -> dict[str, float]:
     """Compare a model's loss, and its gradients where `parts` names the parameters, with the fp64 ones; leaves no gradient."""
     tolerance, gradient_tolerance = TOLERANCE[DTYPES[bench.case.dtype]]
     exact = bench.exact
@@ -260,7 +265,7 @@ def step_candidate(
     name: str,
     bench: Workbench,
     rule: str,
-    build: Callable[[Workbench], tuple[nn.Module, Parts]],
+    build: Callable[[Workbench], tuple[Model, Parts]],
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     compiled: bool = False,
 ) -> Candidate:
@@ -268,7 +273,7 @@ def step_candidate(
     model, parts = build(bench)
     parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE) if parameters else None
-    run = torch.compile(model) if compiled else model
+    run: Model = torch.compile(model) if compiled else model
 
     def step(batch: Batch) -> None:
         for parameter in parameters:

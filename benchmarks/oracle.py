@@ -93,7 +93,7 @@ def compare(results: dict[str, Tensor], wanted: Expected, tolerance: float) -> d
         if name in ("y", "x"):
             errors[name] = _row_error(actual[wanted.tokens], getattr(wanted, name))
         elif name == "magnitude":
-            errors[name] = _error(actual[wanted.outputs], wanted.magnitude)
+            errors[name] = _error(actual[wanted.outputs], getattr(wanted, name))
         else:
             errors[name] = _error(actual, getattr(wanted, name))
     return require(errors, tolerance)

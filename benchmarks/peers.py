@@ -126,18 +126,18 @@ class Material:
         first = self.sets[0]
         return oracle.expected(first.x.detach(), first.grad, first.weight, first.bias, self.adapter, rule)
 
-    def plain(self, which: Set) -> nn.Module:
+    def plain(self, which: Set) -> Any:
         """The frozen layer as its model has it: an nn.Linear, or transformers' Conv1D, over the set's own weight."""
         n, k = self.case.out_features, self.case.in_features
         if self.case.conv1d:
             need_package("transformers")
             from transformers.pytorch_utils import Conv1D
 
-            layer = Conv1D(n, k)
-            layer.weight = nn.Parameter(which.weight.detach().t().contiguous(), False)
-            layer.bias = which.bias
-            return layer
-        layer = nn.Linear(k, n, bias=which.bias is not None, device="meta")
+            transposed: Any = Conv1D(n, k)
+            transposed.weight = nn.Parameter(which.weight.detach().t().contiguous(), False)
+            transposed.bias = which.bias
+            return transposed
+        layer: Any = nn.Linear(k, n, bias=which.bias is not None, device="meta")
         layer.weight, layer.bias = which.weight, which.bias
         return layer
 
@@ -219,16 +219,19 @@ class _Holder(nn.Module):
         self.layer = layer
 
 
-def peft_layer(layer: nn.Module, adapter: oracle.Adapter, dora: bool, fp32: bool, conv1d: bool, train: bool) -> nn.Module:
+def peft_layer(layer: nn.Module, adapter: oracle.Adapter, dora: bool, fp32: bool, conv1d: bool, train: bool) -> Any:
     """PEFT's own layer around `layer`, holding the adapter's values; adapters in fp32, or in the layer's dtype."""
     need_package("peft")
     import peft
 
     r = adapter.lora_A.shape[0]
+    alpha = int(adapter.scaling * r)
     config = peft.LoraConfig(
-        r=r, lora_alpha=adapter.scaling * r, target_modules=["layer"], use_dora=dora, fan_in_fan_out=conv1d, lora_dropout=0.0
+        r=r, lora_alpha=alpha, target_modules=["layer"], use_dora=dora, fan_in_fan_out=conv1d, lora_dropout=0.0
     )
-    wrapped = peft.get_peft_model(_Holder(layer), config, autocast_adapter_dtype=fp32).base_model.model.layer
+    holder: Any = _Holder(layer)
+    wrapped: Any = peft.get_peft_model(holder, config, autocast_adapter_dtype=fp32).base_model.model
+    wrapped = wrapped.layer
     with torch.no_grad():
         wrapped.lora_A.default.weight.copy_(adapter.lora_A)
         wrapped.lora_B.default.weight.copy_(adapter.lora_B)
@@ -264,7 +267,8 @@ def _bidora(material: Material, backend: str, merged: bool = False, plan: str | 
 
     def make(which: Set) -> tuple[Callable[[Tensor], Tensor], dict[str, Tensor]]:
         plain = material.plain(which)
-        settings = {"r": adapter.lora_A.shape[0], "lora_alpha": adapter.scaling * adapter.lora_A.shape[0]}
+        settings: dict[str, Any] = {"r": adapter.lora_A.shape[0], "lora_alpha": adapter.scaling * adapter.lora_A.shape[0]}
+        layer: bk.FusedDoraLinear
         if material.case.conv1d:
             layer = bk.FusedDoraConv1D.from_conv1d(plain, **settings)
         else:

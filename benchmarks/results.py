@@ -159,6 +159,10 @@ def save(document: Document, path: str | Path) -> None:
     os.replace(part, path)
 
 
+# files of the experiments, each in a format of its own
+EXPERIMENTS = ("bilevel-cost", "scaling", "quality", "usefulness", "fidelity")
+
+
 def committed() -> list[Path]:
-    """The suites' results files of this checkout; `bilevel-*.json` are of experiments with formats of their own."""
-    return sorted(path for path in FOLDER.glob("*.json") if not path.name.startswith("bilevel-"))
+    """The suites' results files of this checkout; those of EXPERIMENTS are not among them."""
+    return sorted(path for path in FOLDER.glob("*.json") if path.stem not in EXPERIMENTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import statistics
 import time
@@ -82,7 +83,7 @@ def _warm_up(candidate: Candidate, clock: CpuClock | CudaClock) -> int:
     times: list[float] = []
     with candidate.around():
         while len(times) < max(2, len(candidate.calls)) and sum(times) < WARM_UP:
-            times.append(clock.seconds(lambda: candidate.run(1)))
+            times.append(clock.seconds(functools.partial(candidate.run, 1)))
     return max(1, min(200, round(clock.shortest / max(min(times), 1e-9) + 0.5)))
 
 
@@ -116,7 +117,7 @@ def measure(
         for candidate in order:
             count = repeats[candidate.name]
             with candidate.around():
-                taken = clock.seconds(lambda candidate=candidate, count=count: candidate.run(count))
+                taken = clock.seconds(functools.partial(candidate.run, count))
             times[candidate.name].append(taken / (count * candidate.iterations))
     return times
 

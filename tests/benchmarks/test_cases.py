@@ -54,7 +54,8 @@ def test_cpu_holds_the_narrow_models_in_full_and_one_wide_column() -> None:
     for model in NARROW:
         for layer in MODELS[model]:
             found = {(c.kind, c.tokens) for c in layers if (c.model, c.layer, c.r) == (model, layer, 16)}
-            assert found == {("layer", 128), ("layer", 4096), ("decode", 1)}
+            long = set() if layer in ("c_fc", "mlp.c_proj") else {("layer", 4096)}  # RoBERTa-large's shapes again
+            assert found == {("layer", 128), ("decode", 1)} | long
             assert {c.r for c in layers if (c.model, c.layer, c.tokens) == (model, layer, 128)} >= {4, 16, 64}
     wide = [case for case in layers if case.model not in NARROW]
     assert {(case.out_features, case.in_features) for case in wide} == {(4096, 4096)}

@@ -109,4 +109,4 @@ def test_verdicts_name_the_losing_cases_and_count_the_rest() -> None:
     lines = report.table("verdicts", [made])
     assert "| layer | PEFT LoRA | 1 | 0 | 0 | 1 | 1.25 (1.25 to 1.25) |" in lines
     assert "| layer | PEFT DoRA | 1 | 1 | 0 | 0 | 0.50 (0.50 to 0.50) |" in lines
-    assert lines[-1] == "- x (layer): 1.25 (1.25 to 1.25) of PEFT LoRA"
+    assert lines[-1] == "- layer, PEFT LoRA: x 1.25"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import charts, peers, report, results, run, timing
+from benchmarks.cases import suite
 from bidora_kernels import cli
 
 pytest.importorskip("peft")
@@ -100,6 +101,45 @@ def test_without_the_checkout_the_command_says_so(
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "bidora_kernels" / "cli.py"))
     assert cli.main(["bench"]) == 2
     assert "the benchmarks are not part of the package" in capsys.readouterr().err
+
+
+def test_every_plan_is_taken_by_name() -> None:
+    """A plan that is asked for is the one that runs: the native choice is called, and answered, for each provider."""
+    (case,) = [case for case in suite("cpu", "layer/roberta-base.attention/768x768-T128-r16*", tiny=True) if case.plans]
+    document = run.run("cpu", "layer/roberta-base.attention/768x768-T128-r16*", None, None, tiny=True, log=lambda text: None)
+    (entry,) = document["cases"].values()
+    for backend, plans in peers.LAYER_PLANS.items():
+        for plan in plans:
+            assert entry["providers"][f"bidora ({backend}), {plan}"]["status"] in ("ok", "unavailable")
+    native = pytest.importorskip("bidora_kernels.native")
+    if native.why_unavailable() is not None:
+        return
+    from bidora_kernels.ops import _native_plan
+
+    shared = peers.Material(case, "cpu")
+    for plan in peers.LAYER_PLANS["native"]:
+        with peers.native_plan(plan):
+            answer = _native_plan.weight_plan_pays(1, shared.sets[0].weight, torch.float32, False)
+        assert answer == plan.startswith("weight")
+        assert entry["providers"][f"bidora (native), {plan}"]["status"] == "ok"
+
+
+def test_cuda_graphs_need_a_gpu() -> None:
+    (case,) = suite("gpu", "decode/", tiny=True)
+    document = run.run("gpu", "decode/", None, None, tiny=True, log=lambda text: None)
+    (entry,) = document["cases"].values()
+    graphs = {name: value for name, value in entry["providers"].items() if name.endswith(", CUDA graph")}
+    assert len(graphs) == 4
+    assert {value["reason"] for name, value in graphs.items() if "triton" not in name} == {"CUDA graphs need a GPU"}
+    assert case.floor in report.measured(entry)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_decode_in_a_cuda_graph() -> None:
+    document = run.run("gpu", "decode/", None, None, "cuda", tiny=True, log=lambda text: None)
+    (entry,) = document["cases"].values()
+    assert {"frozen linear, CUDA graph", "bidora (triton), CUDA graph"} <= set(report.measured(entry))
 
 
 def _interpreted(pattern: str | None, path: Path) -> dict:

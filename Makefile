@@ -91,3 +91,15 @@ sanitize-gpu: $(INSTALLED)
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
 	    $(BIN)/python -m pytest tests/gpu -m gpu -k fixed_shapes -p no:cacheprovider || exit 1; \
 	done
+
+# the tables of benchmarks/BILEVEL.md; an hour or more of one core each, but for the cost: in pieces with the options they have
+.PHONY: quality fidelity usefulness cost
+quality: $(INSTALLED)
+	$(BIN)/python -m benchmarks.quality --output runs/quality --json benchmarks/results/quality.json
+
+fidelity usefulness: $(INSTALLED)
+	$(BIN)/python benchmarks/$@.py --json benchmarks/results/$@.json
+
+cost: $(INSTALLED)
+	$(BIN)/python -m benchmarks.cost --json benchmarks/results/bilevel-cost.json
+	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/scaling.json --chart benchmarks/results/scaling.png

@@ -43,7 +43,7 @@ BASELINE, TUNED = "DoRA", ("DoRA", "first order")  # TUNED: the methods that lea
 SEEDS = (0, 1, 2, 3, 4)
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 SEARCH_SHARE = 0.75  # of the passes
-COMMON = {
+COMMON: dict[str, Any] = {
     "model": MINILM, "train_examples": 200, "batch_size": 8, "max_length": 24, "r": 4, "lora_alpha": 8.0, "device": "cpu",
     "checkpoint_every": 1000,
 }  # fmt: skip
@@ -61,8 +61,8 @@ def passes_per_step(bilevel: str) -> float:
 
 
 def settings_for(task: str, method: str, lr: float, seed: int, passes: int, choosing: bool) -> TrainSettings:
-    """The settings of one run, its passes never above `passes`."""
-    chosen = dict(METHODS[method])
+    """The settings of one run, of `passes` gradient passes to within one pair of steps (a search may end on an upper step)."""
+    chosen: dict[str, Any] = dict(METHODS[method])
     if "bilevel" in chosen:
         steps = int(passes * SEARCH_SHARE / passes_per_step(chosen["bilevel"]))
         chosen |= {
@@ -74,9 +74,10 @@ def settings_for(task: str, method: str, lr: float, seed: int, passes: int, choo
     folder = data_dir() / "cola" if task == "cola" else None
     if folder is not None and not folder.is_dir():
         raise SystemExit("no real data: cola is not in BIDORA_DATA (default ../shared/data)")
+    split: dict[str, Any] = {"hold_out": 0.2} if choosing else {"test_examples": TEST_EXAMPLES}
     return TrainSettings(
         task=task, lr=lr, seed=seed, data_dir=None if folder is None else str(folder.resolve()),
-        **({"hold_out": 0.2} if choosing else {"test_examples": TEST_EXAMPLES}), **COMMON, **chosen,
+        **split, **COMMON, **chosen,
     )  # fmt: skip
 
 

@@ -25,6 +25,9 @@ class Sama(Estimator):
     (K for SGD; the momentum for beta1): what a lasting change of the gradient moves the directions by in K steps, while they
     move little. The second-order term is cut to `max_ratio` times the first-order one's length; math.inf leaves it alone.
 
+    Where the horizon fails: on the first step, where Adam's is a sign function and J lives in the few entries whose gradient is
+    about `eps`; and against a single real step, of which it is kappa times too long. 10 overshoots at large learning rates.
+
     Passes: as its `difference`. Memory: one more vector over the directions. It always unrolls the optimizer's own step, so `xi`
     and `unroll` do not apply. Other optimizers, amsgrad, nesterov and maximize raise by name.
     """

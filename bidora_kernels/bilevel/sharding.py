@@ -18,7 +18,7 @@ def is_sharded(tensor: Tensor) -> bool:
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """The part that this process holds, the same memory; a tensor that is not sharded is returned as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
 
 def whole_value(scalar: Tensor) -> float:
     """The value of a scalar, DTensor or not."""
-    return float(scalar.full_tensor()) if is_sharded(scalar) else float(scalar)  # type: ignore[operator]
+    return float(scalar.full_tensor()) if is_sharded(scalar) else float(scalar)  # type: ignore[attr-defined]
 
 
 def shard_group(parameters: Sequence[nn.Parameter]) -> Any:

@@ -40,6 +40,10 @@ _PASS_OVER_WEIGHT = {
     2: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64), 512: _weight(64, 64, 64)},
     4: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64), 512: _weight(64, 32, 32)},
 }
+_PASS_ON_SM_80 = {
+    2: _PASS_OVER_WEIGHT[2],
+    4: {16: _weight(64, 64, 16), 64: _weight(32, 32, 32, stages=2), 512: _weight(64, 32, 32)},
+}
 _TWO_PRODUCTS = {
     2: {16: _weight(64, 64, 16), 64: _weight(32, 64, 32, stages=2)},
     4: {16: _weight(32, 64, 16, stages=2), 64: _weight(32, 32, 32, stages=2)},
@@ -72,7 +76,16 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
             2: {16: _tokens(64, 64, 16), 64: _tokens(64, 64, 64)},
             4: {16: _tokens(64, 32, 16, stages=2), 64: _tokens(64, 32, 16, stages=2)},
         },
-    }
+    },
+    # where the default rows spill on these chips
+    "sm_80": {
+        "weight_norm": _PASS_ON_SM_80,
+        "merged_weight": _PASS_ON_SM_80,
+        "weight_norm_factors": _PASS_ON_SM_80,
+    },
+    "sm_100": {
+        "orthogonality": {4: {16: _weight(64, 32, 16, warps=8, stages=2), 512: _weight(32, 32, 16, stages=2)}},
+    },
 }
 
 

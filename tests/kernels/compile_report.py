@@ -22,6 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bidora_kernels.kernels import _launch
+
 KERNEL_MODULES = [
     "compose",
     "compose_backward",
@@ -64,9 +66,14 @@ def recorded_launches() -> Iterator[list[Launch]]:
             module.run = original
 
 
-def launches_of(call: Callable[[], object]) -> list[Launch]:
-    with recorded_launches() as launches:
-        call()
+def launches_of(call: Callable[[], object], architecture: str = "default") -> list[Launch]:
+    """The launches of a call with the tiles of an architecture like "sm_90"."""
+    original, _launch.architecture_of = _launch.architecture_of, lambda device: architecture
+    try:
+        with recorded_launches() as launches:
+            call()
+    finally:
+        _launch.architecture_of = original
     return launches
 
 

@@ -111,7 +111,7 @@ def test_no_spills_of_the_other_kernels_on_sm_90(name: str) -> None:
 @pytest.mark.parametrize("architecture", [80, 100])
 @pytest.mark.parametrize("name", ["weight_norm", "merged_weight", "compose", "compose_backward"])
 def test_no_spills_and_no_float_atomics_elsewhere(name: str, architecture: int) -> None:
-    for launch in launches_of(calls(16, BF16, BF16)[name]):
+    for launch in launches_of(calls(16, BF16, BF16)[name], f"sm_{architecture}"):
         report = nvidia_report(launch, architecture)
         assert report.spills == 0, (launch.name, str(report))
         assert not report.float_atomics
@@ -125,7 +125,7 @@ def test_no_spills_and_no_float_atomics_elsewhere(name: str, architecture: int) 
 @pytest.mark.parametrize("r", [16, 64, 384])
 @pytest.mark.parametrize("name", calls(16, BF16, BF16))
 def test_every_tile_without_spills(name: str, r: int, dtypes: tuple[torch.dtype, torch.dtype], architecture: int) -> None:
-    for launch in launches_of(calls(r, *dtypes)[name]):
+    for launch in launches_of(calls(r, *dtypes)[name], f"sm_{architecture}"):
         report = nvidia_report(launch, architecture)
         assert report.spills == 0, (launch.name, str(report))
         assert not report.float_atomics

@@ -95,11 +95,11 @@ sanitize-gpu: $(INSTALLED)
 # the tables of benchmarks/BILEVEL.md; an hour or more of one core each, but for the cost: in pieces with the options they have
 .PHONY: quality fidelity usefulness cost
 quality: $(INSTALLED)
-	$(BIN)/python -m benchmarks.quality --output runs/quality --json benchmarks/results/quality.json
+	$(BIN)/python -m benchmarks.quality --output runs/quality --json benchmarks/results/bilevel/quality.json
 
 fidelity usefulness: $(INSTALLED)
-	$(BIN)/python benchmarks/$@.py --json benchmarks/results/$@.json
+	$(BIN)/python benchmarks/$@.py --json benchmarks/results/bilevel/$@.json
 
 cost: $(INSTALLED)
-	$(BIN)/python -m benchmarks.cost --json benchmarks/results/bilevel-cost.json
-	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/scaling.json --chart benchmarks/results/scaling.png
+	$(BIN)/python -m benchmarks.cost --json benchmarks/results/bilevel/cost.json
+	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/bilevel/scaling.json --chart benchmarks/results/bilevel/scaling.png

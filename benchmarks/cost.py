@@ -5,7 +5,7 @@ One interleaved run per set of targets, in rotating order; every ratio is taken 
 but for presets that say otherwise (their iterations are averaged). The estimators that a user would rarely take are timed in a
 shorter run of their own, beside the same peers.
 
-    python -m benchmarks.cost --json benchmarks/results/bilevel-cost.json
+    python -m benchmarks.cost --json benchmarks/results/bilevel/cost.json
     python -m benchmarks.cost --targets q+v --layers 12 --rounds 5
     python -m benchmarks.cost --tiny                   # proves that it runs; its times mean nothing
 """
@@ -19,7 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import machine, memory
 from .bilevel import bilevel_providers
@@ -132,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for targets in arguments.targets:
         case = BilevelCase(targets=targets, layers=arguments.layers, r=4)
-        case = case.tiny() if arguments.tiny else case
+        if arguments.tiny:
+            case = cast(BilevelCase, case.tiny())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = measure_targets(case, arguments.device, arguments.rounds, arguments.dear_rounds, print)

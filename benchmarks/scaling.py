@@ -3,7 +3,7 @@
 A small RoBERTa-shaped encoder on this machine, every linear layer adapted; each case's providers are interleaved round by round,
 and times are medians over rounds.
 
-    python -m benchmarks.scaling --json benchmarks/results/scaling.json --chart benchmarks/results/scaling.png
+    python -m benchmarks.scaling --json benchmarks/results/bilevel/scaling.json --chart benchmarks/results/bilevel/scaling.png
     python -m benchmarks.scaling --tiny
 """
 
@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--chart", type=Path, help="draw them here (PNG)")
     arguments = parser.parse_args(argv)
-    base = dataclasses.replace(BASE, **({"hidden": 32, "intermediate": 64, "sequence": 8} if arguments.tiny else {}))
+    toy: dict[str, Any] = {"hidden": 32, "intermediate": 64, "sequence": 8} if arguments.tiny else {}
+    base = dataclasses.replace(BASE, **toy)
     document: dict[str, Any] = {"schema_version": 1, "machine": machine.describe(arguments.device), "base": base.describe(),
                                 "axes": {}, "rounds": arguments.rounds}  # fmt: skip
     for axis, values in AXES.items():
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         for value in values[:2] if arguments.tiny else values:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = measure_case(dataclasses.replace(base, **{axis: value}), arguments.rounds, arguments.device)
+                change: dict[str, Any] = {axis: value}
+                found = measure_case(dataclasses.replace(base, **change), arguments.rounds, arguments.device)
             document["axes"][axis][str(value)] = found
             cells = "  ".join(f"{name} {point['ms']:.0f} ms {point['mib']:.0f} MiB" for name, point in found.items())
             print(f"{axis} {value}: {cells}", flush=True)

@@ -49,7 +49,7 @@ def terms(model: nn.Module, estimator: Any, loss: Any, train: Batch, validation:
 def estimators(radii: list[float] | None) -> dict[str, Any]:
     if not radii:
         return {"central": bk.CentralDifference(), "one-sided": bk.ForwardDifference()}
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for radius in radii:
         chosen[f"central {radius:g}"] = bk.CentralDifference(relative_radius=radius)
         chosen[f"one-sided {radius:g}"] = bk.ForwardDifference(relative_radius=radius)

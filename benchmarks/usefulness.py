@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import bidora_kernels as bk
 
-UNLIMITED = {"max_ratio": math.inf}
+UNLIMITED: dict[str, Any] = {"max_ratio": math.inf}
 ESTIMATORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "first order": (bk.FirstOrder(), {}),
     "paper (xi = lr)": (bk.CentralDifference(), {"xi": "lr"}),
@@ -153,7 +153,8 @@ def estimate(
 
 def measure(lr: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with bk.pass_mode(differentiate_norm=arguments.norm == "differentiated", backend="reference"):
-        model, rows = encoder(arguments.r, "query+value", attention="eager"), []
+        rows: list[dict[str, Any]] = []
+        model = encoder(arguments.r, "query+value", attention="eager")
         for stage, (lower, _) in stages(model, Batches(arguments.seed), arguments.stages, lr, arguments.batch_size):
             for draw in range(arguments.draws):
                 rows += _rows(model, lower, lr, stage, draw, arguments)

@@ -312,6 +312,45 @@ void compose(
   run(base, base_dropped, hidden, lora_B, scale, bias, scaling, out);
 }
 
+template <typename T>
+void few_tokens_of(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
+    const std::optional<Tensor>& bias, double scaling, const Tensor& out) {
+  const auto& k = kernels<T>();
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && lora_A.dim() == 2, "x, weight and lora_A must be matrices");
+  const int64_t tokens = x.size(0), n = weight.size(0), in = weight.size(1), r = lora_A.size(0);
+  const Matrix inputs = matrix(x, "x", tokens, in);
+  STD_TORCH_CHECK(inputs.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32), "x must be ", sizeof(T) == 8 ? "fp64" : "fp32");
+  FewTokensArgs<T> args{};
+  args.weight = matrix(weight, "weight", n, in);
+  args.x = static_cast<const T*>(inputs.data), args.x_stride = inputs.stride;
+  args.lora_B = values<T>(lora_B, "lora_B", n * r);
+  args.scale = values<T>(scale, "scale", n);
+  args.bias = values<T>(bias, "bias", n);
+  args.y = values<T>(out, "out", tokens * n);
+  args.tokens = tokens, args.in_features = in, args.out_features = n, args.r = r;
+  T* a = values<T>(lora_A, "lora_A", r * in);
+  auto hidden = buffer<T>(std::max<int64_t>(1, tokens * r)), factor = buffer<T>(std::max<int64_t>(1, r));
+  // hidden is such an output itself: the weight is lora_A, every scale is scaling
+  std::fill(factor.get(), factor.get() + r, T(scaling));
+  FewTokensArgs<T> down = args;
+  down.weight = {a, in, inputs.dtype};
+  down.scale = factor.get(), down.bias = nullptr, down.y = hidden.get(), down.out_features = r, down.r = 0;
+  args.hidden = hidden.get();
+  for (const auto& pass : {down, args})
+    torch::stable::parallel_for(0, (pass.out_features + 3) / 4, grain(4 * tokens * in), [&](int64_t begin, int64_t end) {
+      auto own = buffer<T>(4 * (in + tokens) + 1);
+      k.few_tokens_rows(pass, 4 * begin, std::min(4 * end, pass.out_features), own.get());
+    });
+}
+
+void few_tokens(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scale,
+    std::optional<Tensor> bias, double scaling, const Tensor& out) {
+  auto run = is_double(scale) ? few_tokens_of<double> : few_tokens_of<float>;
+  run(x, weight, lora_A, lora_B, scale, bias, scaling, out);
+}
+
 }  // namespace
 }  // namespace bidora
 
@@ -330,6 +369,9 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
   m.def(
       "compose(Tensor base, Tensor? base_dropped, Tensor hidden, Tensor lora_B, Tensor scale, Tensor? bias, float scaling, "
       "Tensor(a!) out) -> ()");
+  m.def(
+      "few_tokens(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scale, Tensor? bias, float scaling, "
+      "Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bidora_native, CPU, m) {
@@ -338,4 +380,5 @@ STABLE_TORCH_LIBRARY_IMPL(bidora_native, CPU, m) {
   m.impl("adapter_gradients", TORCH_BOX(&bidora::adapter_gradients));
   m.impl("direction_backward", TORCH_BOX(&bidora::direction_backward));
   m.impl("compose", TORCH_BOX(&bidora::compose));
+  m.impl("few_tokens", TORCH_BOX(&bidora::few_tokens));
 }

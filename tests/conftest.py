@@ -12,6 +12,17 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--native-library", type=Path, help="test another build of the native library, as one with sanitizers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (library := config.getoption("--native-library")) is not None:
+        from bidora_kernels import native
+
+        native._LIBRARY = library.resolve(strict=True)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real data: BIDORA_DATA, else ../shared/data beside the repository."""

@@ -117,3 +117,18 @@ class TestRefusals:
         ):
             with pytest.raises(RuntimeError, match=message):
                 torch.ops.bidora_native.merged_weight(*arguments, known, minus, out)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("x", torch.randn(3, 7), r"x must be \[3, 8\]"),
+            ("x", torch.randn(3, 8).bfloat16(), "x must be fp32"),
+            ("weight", torch.randn(8, 6).t(), "weight must have contiguous rows"),
+            ("scale", torch.ones(5), "scale must have 6 elements, got 5"),
+            ("out", torch.empty(2, 6), "out must have 18 elements, got 12"),
+        ],
+    )
+    def test_few_tokens(self, name: str, value: torch.Tensor, message: str) -> None:
+        o = self.operands() | {"x": torch.randn(3, 8), "scale": torch.ones(6), "out": torch.empty(3, 6)} | {name: value}
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.bidora_native.few_tokens(o["x"], o["weight"], o["lora_A"], o["lora_B"], o["scale"], None, 1.0, o["out"])

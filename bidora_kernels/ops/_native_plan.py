@@ -2,7 +2,7 @@
 
 Weight plan: write the merged weight W' = c * V into the workspace and take one matrix product with it; W' is rebuilt for the
 backward pass, not kept. Activation plan: multiply with the frozen weight and correct the output. Many tokens favor the first,
-few the second; `weight_plan_pays` counts the bytes.
+few the second; `weight_plan_pays` counts the bytes. Up to FEW_TOKENS one kernel does it all, reading the weight in its own dtype.
 
 Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16-bit layers: a CPU without bf16 instructions
 multiplies fp32 several times faster, and W' in fp32 loses no small update. Inputs are not rounded to the product dtype either.
@@ -18,6 +18,9 @@ from torch import Tensor
 from .. import native, reference
 from ._library import flatten, rows
 from ._workspace import rows_per_block, workspace
+
+FEW_TOKENS = 16
+LIBRARY_RANK = 32  # from here on the library's products form the gradients of lora_A and lora_B
 
 
 def weight_plan_pays(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known: bool) -> bool:
@@ -113,13 +116,22 @@ def forward(
     out_features = weight.shape[0]
     norm_known = norm is not None
     norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
-    if x_dropped is None and weight_plan_pays(x.shape[0], weight, layer.dtype, norm_known):
+    pays = x_dropped is None and weight_plan_pays(x.shape[0], weight, layer.dtype, norm_known)
+    few = (
+        x_dropped is None
+        and x.shape[0] <= FEW_TOKENS
+        and not _is_transposed(weight)
+        and not (pays and weight.dtype == layer.dtype)
+    )
+    if pays and not few:
         kept = y = _outputs(layer, x, norm, layer.bias, norm_known)
     else:
         if not norm_known:
             norm = native.weight_norm(weight, layer.lora_A, layer.lora_B, scaling)
         scale = reference.row_scale(layer.magnitude, norm)
-        if x_dropped is None:
+        if few:
+            kept = y = native.few_tokens(x, weight, layer.lora_A, layer.lora_B, scale, layer.bias, scaling)
+        elif x_dropped is None:
             kept = y = torch.mm(x, weight.t())
             native.compose(y, torch.mm(x, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y)
         else:
@@ -167,10 +179,13 @@ def backward(
             kept = None
         elif kept is None:
             kept, subtracted = _outputs(layer, layer.flat(x), norm, None), None
+        by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
         grad_A, grad_B, grad_magnitude, doubtful = native.adapter_gradients(
             inputs, g, None if kept is None else rows(kept), layer.lora_A, layer.lora_B, layer.magnitude, norm, subtracted,
-            scaling, needs_direction, dropped,
+            scaling, needs_direction and not by_library, dropped,
         )  # fmt: skip
+        if by_library:
+            grad_A, grad_B = _low_rank_gradients(layer, layer.flat(inputs), rows(g.to(layer.dtype)), norm)
         if doubtful is not None and grad_magnitude is not None:
             exact = doubtful.nonzero().squeeze(1)
             updated = reference.direction(weight[exact], layer.lora_A, layer.lora_B[exact], scaling)
@@ -192,6 +207,13 @@ def backward(
             scaled = g * reference.row_scale(layer.magnitude, norm)
             grad_x = torch.mm(scaled, weight).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
     return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude if needs_magnitude else None
+
+
+def _low_rank_gradients(layer: _Layer, x: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """(grad_lora_A, grad_lora_B) by four products of the library."""
+    scaled_B = reference.row_scale(layer.magnitude, norm).unsqueeze(1) * layer.scaling
+    grad_A = torch.mm(torch.mm(g, layer.lora_B * scaled_B).t(), x)
+    return grad_A, torch.mm(g.t(), torch.mm(x, layer.lora_A.t())).mul_(scaled_B)
 
 
 def _outputs(layer: _Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_known: bool = True) -> Tensor:

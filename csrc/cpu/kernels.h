@@ -81,6 +81,20 @@ struct DirectionArgs {
   T scaling, floor;
 };
 
+// y = c (x weight^T + hidden lora_B^T) + bias, hidden = scaling x lora_A^T; x and y in T with contiguous rows
+template <typename T>
+struct FewTokensArgs {
+  Matrix weight;    // [out, in]
+  const T* x;       // [tokens, in]
+  int64_t x_stride;
+  const T* hidden;  // [tokens, r]
+  const T* lora_B;  // [out, r]
+  const T* scale;   // [out]
+  const T* bias;    // [out] or nullptr
+  T* y;             // [tokens, out]
+  int64_t tokens, in_features, out_features, r;
+};
+
 template <typename T>
 struct Kernels {
   int64_t panel;  // columns in one panel
@@ -98,6 +112,8 @@ struct Kernels {
   // rows [begin, end); partial_A: r * padded(in_features); scratch: 12 * padded(in_features) + 9 * r elements
   void (*direction_rows)(const DirectionArgs<T>&, int64_t begin, int64_t end, T* partial_A, T* scratch);
   void (*compose_tokens)(const ComposeArgs<T>&, int64_t begin, int64_t end);
+  // rows of the weight [begin, end); scratch: 4 * (in_features + tokens) elements
+  void (*few_tokens_rows)(const FewTokensArgs<T>&, int64_t begin, int64_t end, T* scratch);
 };
 
 template <typename T>

@@ -2,6 +2,7 @@
 #include "compose.h"
 #include "direction.h"
 #include "dora_linear.h"
+#include "few_tokens.h"
 #include "merged_weight.h"
 
 namespace bidora {
@@ -12,6 +13,7 @@ static Kernels<T> make() {
   return {
       kPanel<T>,         pack_panels<T>,   weight_rows<T>,   weight_columns<T>, project_tokens<T>,
       grad_A_panels<T>,  grad_B_panels<T>, direction_rows<T>, compose_tokens<T>,
+      few_tokens_rows<T>,
   };
 }
 

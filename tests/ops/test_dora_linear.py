@@ -281,3 +281,14 @@ def test_compiled_without_a_break(dropped: bool) -> None:
             y = function(*leaves)
         found.append([y, *torch.autograd.grad(y, leaves, call.grad)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_read_the_weight_once_in_its_own_dtype(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native_plan, "_outputs", lambda *args: pytest.fail("a merged weight was written"))
+    monkeypatch.setattr(native, "compose", lambda *args: pytest.fail("a product was corrected"))
+    call = draw(19, out_features=90, in_features=70, tokens=(tokens,), dtype=dtype, norm_known=True)
+    assert violations(call, run(call, "native")) == []

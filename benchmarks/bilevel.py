@@ -220,8 +220,10 @@ def _error(found: Direction, wanted: Tensor) -> float:
     return float((_flat(found) - wanted).norm() / wanted.norm())
 
 
-def _estimator(name: str) -> Callable[[], dict[str, Any]]:
+def _estimator(name: str, case: BilevelCase) -> Callable[[], dict[str, Any]]:
     def settings() -> dict[str, Any]:
+        if name == "ForwardMode" and case.model.startswith("llama"):
+            raise Unavailable("the gradient of SiLU has no forward-mode rule in PyTorch")
         if not hasattr(bk, name):
             raise Unavailable(f"this version has no estimator {name}")
         return {"estimator": getattr(bk, name)(), **ESTIMATORS[name]}
@@ -252,7 +254,7 @@ def bilevel_providers(case: BilevelCase) -> dict[str, Callable[[Workbench], Cand
     reference = functools.cache(exact_terms)
 
     for label in ESTIMATORS:
-        found[f"{label}, {ours(backend)}"] = functools.partial(_build, label, backend, _estimator(label), 1.0, reference)
+        found[f"{label}, {ours(backend)}"] = functools.partial(_build, label, backend, _estimator(label, case), 1.0, reference)
     for label in PRESETS:
         preset = bk.preset(label)
         found[f"{label}, {ours(backend)}"] = functools.partial(

@@ -279,6 +279,8 @@ def _bidora(material: Material, backend: str, merged: bool = False, plan: str | 
         layer.train(train)
         if merged:
             layer.merge()
+        if plan == "activation plan" and backend == "native" and material.case.dtype != "fp32":
+            raise Unavailable("the native products take fp32: a 16-bit weight is converted, which the merged weight is already")
         if plan is not None and backend == "triton":
             force_triton_plan(layer, plan, material.case.tokens)
         return layer, {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "magnitude": layer.magnitude}

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import flatten
+
 LIBRARY_RANK = 128  # from this rank on two library products replace the low-rank part of `compose_backward`
 
 
 def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., features] as [tokens, features] in a dtype."""
-    return x.reshape(-1, x.shape[-1]).to(dtype)
+    return flatten(x).to(dtype)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -213,6 +213,13 @@ torch.library.register_autograd(
 )
 
 
+def reads_output(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, detach_norm: bool) -> bool:
+    """Whether a backward will ask for what the output holds: the magnitude's gradient, or that of a differentiated norm."""
+    return torch.is_grad_enabled() and (
+        magnitude.requires_grad or (not detach_norm and (lora_A.requires_grad or lora_B.requires_grad))
+    )
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor,
@@ -230,10 +237,8 @@ def dora_linear(
     merged: Tensor | None = None,
 ) -> Tensor:
     """As `reference.dora_linear`, by one operator; arguments were checked in functional.py."""
-    trains = torch.is_grad_enabled() and (
-        magnitude.requires_grad or (not detach_norm and (lora_A.requires_grad or lora_B.requires_grad))
-    )
+    keeps = reads_output(lora_A, lora_B, magnitude, detach_norm)
     return _dora_linear(
         x, weight, lora_A, lora_B, magnitude, norm, bias, x_dropped, scaling, detach_norm, precise,
-        reference.matmul_dtype(x, weight, precise), reference.output_dtype(x), trains, backend, plan, merged,
+        reference.matmul_dtype(x, weight, precise), reference.output_dtype(x), keeps, backend, plan, merged,
     )[0]  # fmt: skip

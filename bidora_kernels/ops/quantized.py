@@ -215,9 +215,7 @@ def dora_linear(
 
         return checkpoint(plain, x, lora_A, lora_B, magnitude, x_dropped, use_reentrant=False, preserve_rng_state=False)
     like = stand_in(weight)
-    keeps = torch.is_grad_enabled() and (
-        magnitude.requires_grad or (not detach_norm and (lora_A.requires_grad or lora_B.requires_grad))
-    )
+    keeps = operator.reads_output(lora_A, lora_B, magnitude, detach_norm)
     call = _Call(
         scaling, detach_norm, precise, backend, plan, reference.matmul_dtype(x, like, precise), reference.output_dtype(x), keeps
     )

@@ -151,6 +151,8 @@ def plan(
         from .ops import _native_plan
 
         product_dtype = reference.norm_dtype(weight)
+        if not dropped and _native_plan.takes_few_tokens(tokens, weight, product_dtype, norm_known):
+            return cost_model.Plan("activation", False, "native backend: for so few tokens one kernel reads the weight once")
         pays = not dropped and _native_plan.weight_plan_pays(tokens, weight, product_dtype, norm_known)
         reason = "writing the merged weight moves fewer bytes than correcting the output" if pays else (
             "dropout needs the product with the frozen weight" if dropped

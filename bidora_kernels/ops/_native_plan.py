@@ -36,6 +36,13 @@ def weight_plan_pays(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known
     return activation > 2 * out_features * in_features
 
 
+def takes_few_tokens(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known: bool) -> bool:
+    """Whether one kernel computes the whole output, instead of either plan's products; a weight in any dtype is read in place."""
+    if tokens > FEW_TOKENS or _is_transposed(weight):
+        return False
+    return weight.dtype != dtype or not weight_plan_pays(tokens, weight, dtype, norm_known)
+
+
 def kept_dtype(
     weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool
 ) -> torch.dtype | None:
@@ -116,14 +123,8 @@ def forward(
     out_features = weight.shape[0]
     norm_known = norm is not None
     norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
-    pays = x_dropped is None and weight_plan_pays(x.shape[0], weight, layer.dtype, norm_known)
-    few = (
-        x_dropped is None
-        and x.shape[0] <= FEW_TOKENS
-        and not _is_transposed(weight)
-        and not (pays and weight.dtype == layer.dtype)
-    )
-    if pays and not few:
+    few = x_dropped is None and takes_few_tokens(x.shape[0], weight, layer.dtype, norm_known)
+    if x_dropped is None and not few and weight_plan_pays(x.shape[0], weight, layer.dtype, norm_known):
         kept = y = _outputs(layer, x, norm, layer.bias, norm_known)
     else:
         if not norm_known:

@@ -291,4 +291,7 @@ def test_few_tokens_read_the_weight_once_in_its_own_dtype(
     monkeypatch.setattr(_native_plan, "_outputs", lambda *args: pytest.fail("a merged weight was written"))
     monkeypatch.setattr(native, "compose", lambda *args: pytest.fail("a product was corrected"))
     call = draw(19, out_features=90, in_features=70, tokens=(tokens,), dtype=dtype, norm_known=True)
+    with bk.use_backend("native"):
+        assert "one kernel" in str(bk.functional.plan(call.weight, 3, tokens, norm_known=True))
+        assert "one kernel" not in str(bk.functional.plan(call.weight, 3, 17, norm_known=True))
     assert violations(call, run(call, "native")) == []

@@ -98,7 +98,7 @@ quality: $(INSTALLED)
 	$(BIN)/python -m benchmarks.quality --output runs/quality --json benchmarks/results/bilevel/quality.json
 
 fidelity usefulness: $(INSTALLED)
-	$(BIN)/python benchmarks/$@.py --json benchmarks/results/bilevel/$@.json
+	$(BIN)/python -m benchmarks.$@ --json benchmarks/results/bilevel/$@.json
 
 cost: $(INSTALLED)
 	$(BIN)/python -m benchmarks.cost --json benchmarks/results/bilevel/cost.json

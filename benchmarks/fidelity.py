@@ -3,20 +3,25 @@
 MiniLM-L6 with DoRA on CoLA text, at several stages of training; unroll="gradient", xi=1. `q` is the second-order term, `h` the
 whole hypergradient; each estimator's own validation gradient is part of what is compared.
 
-    python benchmarks/fidelity.py --quick
-    python benchmarks/fidelity.py --json fidelity.json
-    python benchmarks/fidelity.py --radii 1e-4 1e-3 1e-2        # sweep the radius, as a fraction of the directions' length
+    python -m benchmarks.fidelity --quick
+    python -m benchmarks.fidelity --json fidelity.json            # goes on where it stopped
+    python -m benchmarks.fidelity --radii 1e-4 1e-3 1e-2          # sweep the radius, as a fraction of the directions' length
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from encoder import (
+from torch import nn
+
+import bidora_kernels as bk
+
+from .encoder import (
     TARGETS,
     Batch,
     Batches,
@@ -29,11 +34,9 @@ from encoder import (
     relative_error,
     stages,
 )
-from torch import nn
-
-import bidora_kernels as bk
 
 COMPUTE = {"fp32": loss_fn, "bf16": bf16_loss_fn}
+GATES = {("fp32", "central"): 0.999, ("fp32", "one-sided"): 0.999, ("bf16", "central"): 0.99, ("bf16", "one-sided"): 0.95}
 
 
 def terms(model: nn.Module, estimator: Any, loss: Any, train: Batch, validation: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,11 +59,16 @@ def estimators(radii: list[float] | None) -> dict[str, Any]:
     return chosen
 
 
-def measure(r: int, targets: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    model, batches = encoder(r, targets), Batches(arguments.seed)
-    rows = []
-    for step, _ in stages(model, batches, arguments.stages, arguments.lr):
+def measure(r: int, targets: str, arguments: argparse.Namespace, done: set[int]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each stage that is not done yet; the batches of a stage do not depend on which others are measured."""
+    wanted = [step for step in sorted(arguments.stages) if step not in done]
+    if not wanted:
+        return
+    model = encoder(r, targets)
+    for step, _ in stages(model, Batches(arguments.seed), wanted, arguments.lr):
+        batches = Batches(arguments.seed, draws=(step,))
         train, validation = (batches.draw(part, arguments.batch_size) for part in ("train", "validation"))
+        rows = []
         exact_q, exact_h = terms(double_copy(model), bk.DoubleBackward(), loss_fn, train, validation)
         for compute in arguments.compute:
             for name, estimator in estimators(arguments.radii).items():
@@ -77,7 +85,20 @@ def measure(r: int, targets: str, arguments: argparse.Namespace) -> list[dict[st
                     flush=True,
                 )
                 rows.append(row)
-    return rows
+        yield rows
+
+
+def gates(rows: list[dict[str, Any]]) -> list[str]:
+    """The least cosine of q at the default radius over everything measured, beside what it must be."""
+    lines = []
+    for (compute, estimator), least in GATES.items():
+        cosines = [row["q_cosine"] for row in rows if (row["compute"], row["estimator"]) == (compute, estimator)]
+        if cosines:
+            verdict = "holds" if min(cosines) >= least else "FAILS"
+            lines.append(
+                f"gate {compute}, {estimator}: cosine of q >= {least}: {min(cosines):.5f}, {len(cosines)} states  {verdict}"
+            )
+    return lines
 
 
 def main() -> None:
@@ -91,15 +112,31 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the training between the stages")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--json", type=Path, help="add the rows to this file, stage by stage; what it has is not done again")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.ranks, arguments.targets, arguments.stages = [4], ["query+value"], [0, 20]
     print(f"{'r':>3s}  {'targets':11s}  {'step':>5s}  {'compute':7s}  {'estimator':16s}  {'cos q':>8s}  {'err q':>8s}  "
           f"{'cos h':>8s}  {'err h':>8s}  {'|q|/|d|':>8s}")  # fmt: skip
-    rows = [row for r in arguments.ranks for targets in arguments.targets for row in measure(r, targets, arguments)]
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"schema_version": 1, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    if arguments.json and arguments.json.exists():
+        document = json.loads(arguments.json.read_text())
+        if document["settings"] != _settings(arguments):
+            raise SystemExit(f"{arguments.json} holds results of other settings: {document['settings']}")
+        rows = document["rows"]
+    for r in arguments.ranks:
+        for targets in arguments.targets:
+            done = {row["step"] for row in rows if (row["r"], row["targets"]) == (r, targets)}
+            for more in measure(r, targets, arguments, done):
+                rows += more
+                if arguments.json:
+                    document = {"schema_version": 1, "torch": torch.__version__, "settings": _settings(arguments), "rows": rows}
+                    arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    print("\n".join(gates(rows)))
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("seed", "batch_size", "lr", "compute", "radii")}
 
 
 if __name__ == "__main__":

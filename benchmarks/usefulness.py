@@ -7,10 +7,10 @@ estimates share one norm (`--norm`): differentiated by default, so that the trut
 over the truth's; `error`: of the whole hypergradient, relative. Rows with a smaller validation batch or a `difference_batch` are
 held to the same truth, that of the whole validation batch.
 
-    python benchmarks/usefulness.py --quick
-    python benchmarks/usefulness.py --json usefulness.json                            # everything
-    python benchmarks/usefulness.py --json usefulness.json --lrs 2e-4 --stages 30     # a part; the file keeps the others
-    python benchmarks/usefulness.py --json usefulness.json --table                    # medians over draws and states
+    python -m benchmarks.usefulness --quick
+    python -m benchmarks.usefulness --json usefulness.json                            # everything; goes on where it stopped
+    python -m benchmarks.usefulness --json usefulness.json --lrs 2e-4 --stages 30     # a part; the file keeps the others
+    python -m benchmarks.usefulness --json usefulness.json --table                    # medians over draws and states
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encoder import Batch, Batches, cosine, double_copy, encoder, flat, loss_fn, relative_error, stages
 from torch import Tensor, nn
 
 import bidora_kernels as bk
+
+from .encoder import Batch, Batches, cosine, double_copy, encoder, flat, loss_fn, relative_error, stages
 
 UNLIMITED: dict[str, Any] = {"max_ratio": math.inf}
 ESTIMATORS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -151,14 +152,18 @@ def estimate(
     return direct, second * min(1.0, limit / max(float(second.norm()), 1e-300))
 
 
-def measure(lr: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(lr: float, arguments: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each state and draw that is not done yet."""
+    wanted = [(stage, draw) for stage in sorted(arguments.stages) for draw in range(arguments.draws)]
+    wanted = [(stage, draw) for stage, draw in wanted if (lr, stage, draw, arguments.norm) not in done]
+    if not wanted:
+        return
     with bk.pass_mode(differentiate_norm=arguments.norm == "differentiated", backend="reference"):
-        rows: list[dict[str, Any]] = []
         model = encoder(arguments.r, "query+value", attention="eager")
-        for stage, (lower, _) in stages(model, Batches(arguments.seed), arguments.stages, lr, arguments.batch_size):
-            for draw in range(arguments.draws):
-                rows += _rows(model, lower, lr, stage, draw, arguments)
-    return rows
+        steps = sorted({stage for stage, _ in wanted})
+        for stage, (lower, _) in stages(model, Batches(arguments.seed), steps, lr, arguments.batch_size):
+            for draw in [draw for at, draw in wanted if at == stage]:
+                yield list(_rows(model, lower, lr, stage, draw, arguments))
 
 
 def _rows(
@@ -234,32 +239,35 @@ def main() -> None:
     parser.add_argument("--validation-size", type=int, default=64)
     parser.add_argument("--r", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="add the rows to this file")
+    parser.add_argument("--json", type=Path, help="add the rows to this file, state by state; what it has is not done again")
     parser.add_argument("--table", action="store_true", help="measure nothing: the medians of --json")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    if arguments.json and arguments.json.exists():
-        rows = json.loads(arguments.json.read_text())["rows"]
-    if arguments.table:
-        print("\n".join(table([row for row in rows if row["norm"] == arguments.norm])))
-        return
     if arguments.quick:
         arguments.lrs, arguments.stages, arguments.steps, arguments.draws = [1e-3], [0, 20], [1, 5], 1
         arguments.batch_size, arguments.validation_size = 8, 16
+    rows: list[dict[str, Any]] = []
+    if arguments.json and arguments.json.exists():
+        document = json.loads(arguments.json.read_text())
+        if not arguments.table and document["settings"] != _settings(arguments):
+            raise SystemExit(f"{arguments.json} holds results of other settings: {document['settings']}")
+        rows = document["rows"]
+    if arguments.table:
+        print("\n".join(table([row for row in rows if row["norm"] == arguments.norm])))
+        return
     print(f"{'lr':>7s}  {'step':>5s}  {'draw':>4s}  {'K':>3s}  {'estimator':32s}  {'|2nd|/|1st|':>11s}  {'cos 2nd':>7s}  "
           f"{'ratio':>8s}  {'cos h':>7s}  {'ratio':>7s}  {'error':>7s}")  # fmt: skip
-    key = ("lr", "stage", "draw", "norm", "K", "estimator")
-    known = {tuple(row[k] for k in key): row for row in rows}
+    done = {(row["lr"], row["stage"], row["draw"], row["norm"]) for row in rows}
     for lr in arguments.lrs:
-        known |= {tuple(row[k] for k in key): row for row in measure(lr, arguments)}
-    if arguments.json:
-        document = {"schema_version": 1, "torch": torch.__version__, "settings": _settings(arguments), "rows": [*known.values()]}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    print("\n" + "\n".join(table([row for row in known.values() if row["norm"] == arguments.norm])))
+        for more in measure(lr, arguments, done):
+            rows += more
+            if arguments.json:
+                document = {"schema_version": 1, "torch": torch.__version__, "settings": _settings(arguments), "rows": rows}
+                arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    print("\n" + "\n".join(table([row for row in rows if row["norm"] == arguments.norm])))
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("r", "seed", "batch_size", "validation_size")}
+    return {name: getattr(arguments, name) for name in ("r", "seed", "batch_size", "validation_size", "steps")}
 
 
 if __name__ == "__main__":

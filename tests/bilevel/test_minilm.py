@@ -89,7 +89,7 @@ def test_sama_is_the_derivative_of_adamws_step(encoded: tuple[nn.Module, Any, An
 def test_the_default_radius_on_a_real_encoder(
     encoded: tuple[nn.Module, Any, Any], dtype: torch.dtype, estimator: Any, cosine: float
 ) -> None:
-    """The bounds of the fidelity table; `benchmarks/fidelity.py` holds them at later stages, other ranks and all layers."""
+    """The bounds of the fidelity table; `python -m benchmarks.fidelity` holds them at later stages, other ranks and all layers."""
     model, train, validation = encoded
 
     def rounded(model: nn.Module, batch: Any) -> torch.Tensor:

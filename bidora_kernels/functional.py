@@ -9,6 +9,7 @@ run.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ from .ops import merged_weight as _merged_weight
 from .ops import orthogonality as _orthogonality
 from .ops import quantized as _quantized
 from .ops import weight_norm as _weight_norm
-from .ops._context import PassMode, current_mode
+from .ops._context import DirectionPoint, PassMode, current_mode
 
 
 def _frozen(weight: Tensor) -> Tensor:
@@ -79,10 +80,13 @@ def dora_linear(
     mode.saw(reference.matmul_dtype(x, weight, mode.precise))
     if mode.differentiate_norm is not None:
         detach_norm = not mode.differentiate_norm
+    factors = lora_A, lora_B
     lora_A, lora_B, magnitude = _needed(mode, lora_A, lora_B, magnitude)
     weight = _frozen(weight)
     bias = None if bias is None else _frozen(bias)
-    backend = _serving(x.device.type, (x, lora_A, lora_B, magnitude), weight, x)
+    backend, norm_known = _serving(x.device.type, (x, lora_A, lora_B, magnitude), weight, x), norm is not None
+    if mode.point is not None and detach_norm and not norm_known and not _norm_is_free(backend, x, weight, x_dropped):
+        norm = _norm_at(mode.point, stored, *factors, scaling)
     may_choose = backend == "triton" and x_dropped is None and not mode.precise
     if merged is not None:
         fits = may_choose and kind is None and merged.dtype == reference.matmul_dtype(x, weight)
@@ -95,7 +99,7 @@ def dora_linear(
     if merged is not None:
         chosen = "weight"
     elif may_choose:
-        chosen = _plan_of_call(x, weight, lora_A, lora_B, magnitude, norm is not None, plan)
+        chosen = _plan_of_call(x, weight, lora_A, lora_B, magnitude, norm_known, plan)
     if kind is not None:
         return _quantized.dora_linear(
             x, stored, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend, chosen
@@ -103,6 +107,34 @@ def dora_linear(
     return _dora_linear.dora_linear(
         x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend, chosen, merged
     )
+
+
+def _norm_is_free(backend: str, x: Tensor, weight: Tensor, x_dropped: Tensor | None) -> bool:
+    """Whether the call finds the norms without another read of the weight: the native weight plan does."""
+    if backend != "native" or x_dropped is not None:
+        return False
+    from .ops import _native_plan
+
+    tokens, dtype = x.numel() // max(1, weight.shape[1]), reference.norm_dtype(weight)
+    few = _native_plan.takes_few_tokens(tokens, weight, dtype, False)
+    return not few and _native_plan.weight_plan_pays(tokens, weight, dtype, False)
+
+
+def _norm_at(point: DirectionPoint, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor | None:
+    """The norms at a point of the directions, from there or put there for the passes to come; None for foreign factors."""
+    owner = weight if weight._base is None else weight._base  # a transposed view is a new tensor in every call
+    key, state = (id(lora_A), id(lora_B), scaling), (weakref.ref(owner), weight._version)
+    known, seen = point.norms.get(key, (None, None))
+    if known is not None and seen == state:
+        return known
+    points = (point, *point.others)
+    values = [(chosen.value_of(lora_A), chosen.value_of(lora_B)) for chosen in points]
+    pairs = [(a, b) for a, b in values if a is not None and b is not None]
+    if len(pairs) < len(points):
+        return None
+    for chosen, norm in zip(points, weight_norms(weight, pairs, scaling), strict=True):
+        chosen.norms[key] = norm, state
+    return point.norms[key][0]
 
 
 def _plan_of_call(
@@ -309,3 +341,11 @@ def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     if backend == "reference":
         return reference.orthogonality_penalty(weight, lora_A, lora_B, scaling)
     return _orthogonality.orthogonality_penalty(weight, lora_A, lora_B, scaling, backend)
+
+
+def penalty_plan(weight: Tensor, probes: int | str = 0) -> str:
+    """In words, how `orthogonality_penalty` works for a weight [out, in] with the native and triton backends.
+
+    Whether it is exact or estimated, and whether weight @ weight^T is kept between calls; errors as there.
+    """
+    return _orthogonality.penalty_plan(_quantized.dequantized(weight), probes)

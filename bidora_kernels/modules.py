@@ -254,7 +254,8 @@ class FusedDoraLinear(nn.Module):
     def _norm_is_constant(self) -> bool:
         mode = context.current_mode()
         differentiated = not self.detach_norm if mode.differentiate_norm is None else mode.differentiate_norm
-        return not (self.training or torch.compiler.is_compiling() or (differentiated and torch.is_grad_enabled()))
+        shared = mode.point is not None  # then `functional` finds them, or has them from another pass
+        return not (self.training or shared or torch.compiler.is_compiling() or (differentiated and torch.is_grad_enabled()))
 
     def clear_cache(self) -> None:
         """Drop what is kept between passes; needed only after a write through `.data` from outside this library."""

@@ -96,10 +96,9 @@ class CentralDifference(Estimator):
 
     def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
         """Two passes, on either side."""
-        point = loss.before if self.at == "before" else loss.after
+        start = loss.before if self.at == "before" else loss.after
         step = loss.step_size(vector, self.relative_radius, central=True)
-        forward = loss.magnitude_gradient(point, vector, step)
-        backward = loss.magnitude_gradient(point, vector, -step)
+        forward, backward = loss.magnitude_gradients(start, vector, step)
         return loss.difference(forward, backward, 2.0 * step)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops._context import bump_parameter_epoch
+from ..ops._context import DirectionPoint, bump_parameter_epoch
 from .sharding import local_part, shard_group, sharded_like, sum_over
 
 ALIGNMENT = 64  # bytes between the starts of two parameters, so that every view is as aligned as a tensor of its own
@@ -38,6 +38,7 @@ class FlatParameters:
                     "parameters must be dense and floating-point, got "
                     f"{type(parameter.data).__name__} of dtype {str(parameter.dtype).removeprefix('torch.')}"
                 )
+        self._numbers = {id(parameter): number for number, parameter in enumerate(self.parameters)}
         self._shapes = [parameter.shape for parameter in self.parameters]
         self.buffers: list[Tensor] = []
         self._alias()
@@ -100,6 +101,23 @@ class FlatParameters:
     def tensors(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """The parts of a vector as tensors that are sharded where their parameters are."""
         return [sharded_like(parameter, view) for parameter, view in zip(self.parameters, self.views(vector), strict=True)]
+
+    def point(self, start: Vector | None = None, vector: Vector | None = None, scale: float = 0.0) -> DirectionPoint | None:
+        """A name for where the parameters are, or for `start + scale * vector`; None where they are sharded.
+
+        A sharded layer computes with parameters gathered for the pass, which cannot be told by identity.
+        """
+        if self.group is not None:
+            return None
+        if start is None or vector is None:
+            return DirectionPoint(lambda tensor: tensor if id(tensor) in self._numbers else None)
+        starts, slopes = self.views(start), self.views(vector)
+
+        def value_of(tensor: Tensor) -> Tensor | None:
+            number = self._numbers.get(id(tensor))
+            return None if number is None else torch.add(starts[number], slopes[number], alpha=scale)
+
+        return DirectionPoint(value_of)
 
     def zeros(self) -> Vector:
         """A vector of zeros."""

@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..ops._context import DirectionPoint
 from .estimators import Estimator, FirstOrder
 from .flat import FlatParameters, Vector, add, is_finite, scaled
 from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
 from .sama import Sama, check_lower_optimizer, step_derivative
-from .sharding import reshard, whole_value
-from .snapshot import Grads, OptimizerState, RandomState, SchedulerState
+from .sharding import whole_value
+from .snapshot import RandomState, Undo
 from .stats import Advice, Hypergradient, StepStats, step_stats
 from .train_loss import TrainLoss
 
@@ -75,6 +76,7 @@ class BilevelOptimizer:
         self.grad_scaler, self.compute_dtype, self.difference_batch = grad_scaler, compute_dtype, difference_batch
         self.process_group = process_group
         self._steps = 0
+        self._left: tuple[DirectionPoint, Vector] | None = None  # where a validation pass ran and the step ended
         self._advice = Advice()
         self._check()
         self._direction = FlatParameters(_parameters(lower))
@@ -135,7 +137,7 @@ class BilevelOptimizer:
         if with_upper and val_batch is None:
             raise ValueError("this step has an upper part (needs_validation is True): val_batch must be given")
         self._refresh()
-        undo = _Undo(self)
+        undo = Undo(self)
         watch = Stopwatch(self._direction.buffers[0].device)
         result = Hypergradient()
         try:
@@ -151,6 +153,7 @@ class BilevelOptimizer:
             undo.restore()
             raise
         self._steps += 1
+        self._left = result.left
         self._advice.after(stats, result.signal, self.estimator)
         return stats
 
@@ -162,7 +165,7 @@ class BilevelOptimizer:
         FloatingPointError where, under a GradScaler, a pass is not finite.
         """
         self._refresh()
-        undo = _Undo(self)
+        undo = Undo(self)
         result = Hypergradient()
         try:
             watch = Stopwatch(self._direction.buffers[0].device)
@@ -177,14 +180,22 @@ class BilevelOptimizer:
             undo.restore()
 
     def _refresh(self) -> None:
-        self._direction.refresh()
         self._magnitude.refresh()
+        if self._direction.refresh():
+            self._left = None
+
+    def _where(self) -> tuple[DirectionPoint | None, Vector]:
+        """Where the directions are, and a copy of them; the last step's, norms included, where nobody has moved them since."""
+        left, self._left = self._left, None
+        if left is not None and all(map(torch.equal, left[1], self._direction.buffers)):
+            return left
+        return None, self._direction.clone()
 
     def _compute(
         self,
         result: Hypergradient,
         watch: Stopwatch,
-        undo: _Undo,
+        undo: Undo,
         loss_fn: LossFunction,
         train_batch: Any,
         val_batch: Any,
@@ -195,7 +206,9 @@ class BilevelOptimizer:
         passes = Passes(self.model, flat, self._magnitude, self.grad_scaler, self.process_group, self._distributed, watch)
         start, before = undo.random_state, undo.direction
         reuse = val_batch is not None and estimator.reuses_lower_gradient and self.difference_batch is None
-        lower = passes.run("lower", loss_fn, train_batch, {"direction", "magnitude"} if reuse else {"direction"}, self.penalty)
+        needs = {"direction", "magnitude"} if reuse else {"direction"}
+        point = undo.point or (flat.point() if self._returns() and val_batch is not None else None)
+        lower = passes.run("lower", loss_fn, train_batch, needs, self.penalty, point=point)
         undo.reached = RandomState(self._devices())
         result.train_loss = passes.average_loss(lower.loss)
         grads = lower.direction
@@ -207,16 +220,23 @@ class BilevelOptimizer:
 
         needs = {"direction", "magnitude"} if estimator.has_second_order else {"magnitude"}
         jacobian, stepped = None, False
+        there = point
         if isinstance(estimator, FirstOrder) and estimator.at == "before":
             pass
         elif self.unroll == "gradient":
             flat.set(before, self._times_xi(flat.gather(grads)), -1.0)
+            there = None
         else:
             jacobian, stepped, grads = self._lower_step(grads), True, []
-        validation = passes.run("validation", loss_fn, val_batch, needs)
+            there = flat.point() if keep else None
+        validation = passes.run("validation", loss_fn, val_batch, needs, point=there)
         undo.reached = RandomState(self._devices())
         result.validation_loss = passes.average_loss(validation.loss)
         result.direct = self._magnitude.gather(validation.magnitude)
+        kept = there if keep and stepped and there is not None and there.norms else None
+        after = flat.clone() if estimator.has_second_order or kept is not None else []
+        if kept is not None:
+            result.left = kept, after
         if estimator.has_second_order:
             vector = flat.gather(validation.direction)
             seen = validation.seen_dtypes
@@ -226,9 +246,9 @@ class BilevelOptimizer:
                 del jacobian
             elif estimator.takes_xi:
                 self._times_xi(vector)
-            after = flat.clone()
             part = train_batch if self.difference_batch is None else self.difference_batch(train_batch)
-            loss = TrainLoss(passes, loss_fn, part, start, before, after, base, self._radius_dtype(seen), self.penalty)
+            dtype = self._radius_dtype(seen)
+            loss = TrainLoss(passes, loss_fn, part, start, before, after, base, dtype, self.penalty, point)
             try:
                 result.second_order = self._second_order(loss, vector)
             finally:
@@ -238,6 +258,12 @@ class BilevelOptimizer:
         if keep and not stepped:
             flat.set(before)
             self._lower_step(grads)
+
+    def _returns(self) -> bool:
+        """Whether a second pass of a step runs where the lower pass does."""
+        if isinstance(self.estimator, FirstOrder):
+            return self.estimator.at == "before"
+        return self.estimator.reuses_lower_gradient and self.difference_batch is not None
 
     def _second_order(self, loss: TrainLoss, vector: Vector) -> Vector | None:
         """-q(vector), or None where the vector is zero or its length underflows."""
@@ -351,32 +377,6 @@ class BilevelOptimizer:
     def _parts(self) -> list[tuple[str, Any]]:
         names = ("lower", "upper", "lower_scheduler", "upper_scheduler", "grad_scaler")
         return [(name, getattr(self, name)) for name in names]
-
-
-class _Undo:
-    """Everything that a step may change, as it was before the step."""
-
-    def __init__(self, owner: BilevelOptimizer) -> None:
-        self._owner = owner
-        self.direction = owner._direction.clone()
-        self.magnitude = owner._magnitude.clone()
-        self._grads = Grads([*owner._direction.parameters, *owner._magnitude.parameters])
-        self._parts: list[Any] = [OptimizerState(owner.lower), OptimizerState(owner.upper)]
-        schedulers = [owner.lower_scheduler, owner.upper_scheduler]
-        self._parts += [SchedulerState(scheduler) for scheduler in schedulers if scheduler is not None]
-        self.random_state = RandomState(owner._devices())
-        self.reached = self.random_state  # where the train and the validation pass have come to
-
-    def restore(self, random_state: bool = True) -> None:
-        """Put everything back, the random state too unless told to leave it where the passes came to."""
-        self._owner._direction.set(self.direction)
-        self._owner._magnitude.set(self.magnitude)
-        if self._owner._direction.group is not None:
-            reshard(self._owner.model)
-        for part in reversed(self._parts):
-            part.restore()
-        self._grads.restore()
-        (self.random_state if random_state else self.reached).restore()
 
 
 def _clear_grads(owner: BilevelOptimizer) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..ops._context import pass_mode
+from ..ops._context import DirectionPoint, pass_mode
 from .flat import FlatParameters, Vector
 from .sharding import sum_over
 
@@ -148,14 +148,19 @@ class Passes:
         needs: set[str],
         penalty: Callable[[Any], Tensor] | None = None,
         differentiate_norm: bool | None = None,
+        point: DirectionPoint | None = None,
     ) -> PassResult:
         """One pass over a batch or its micro-batches. A penalty adds to the directions' gradient only, not to the loss returned.
+
+        point: where the directions are, given where another pass runs there too.
 
         Raises TypeError or ValueError where `loss_fn` does not return a scalar, NonFinitePass under a GradScaler.
         """
         losses: list[Tensor] = []
+        if point is None and len(parts_of(batch)) > 1:
+            point = self.lower.point()
         with self.stopwatch.measure(kind), torch.enable_grad(), self.no_sync():
-            with self.requiring(needs), pass_mode(needs=needs, differentiate_norm=differentiate_norm) as mode:
+            with self.requiring(needs), pass_mode(needs=needs, differentiate_norm=differentiate_norm, point=point) as mode:
                 for part, weight in parts_of(batch):
                     loss = checked_loss(loss_fn(self.model, part))
                     self._backward(loss, weight)

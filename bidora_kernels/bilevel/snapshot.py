@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .flat import copy_all
-from .sharding import local_part
+from .sharding import local_part, reshard
+
+if TYPE_CHECKING:
+    from .optimizer import BilevelOptimizer
 
 
 class RandomState:
@@ -88,3 +91,30 @@ class SchedulerState:
     def restore(self) -> None:
         """Put the state back."""
         self._scheduler.load_state_dict(self._state)
+
+
+class Undo:
+    """Everything that a step may change, as it was before the step."""
+
+    def __init__(self, owner: BilevelOptimizer) -> None:
+        """Copy it."""
+        self._owner = owner
+        self.point, self.direction = owner._where()
+        self.magnitude = owner._magnitude.clone()
+        self._grads = Grads([*owner._direction.parameters, *owner._magnitude.parameters])
+        self._parts: list[Any] = [OptimizerState(owner.lower), OptimizerState(owner.upper)]
+        schedulers = [owner.lower_scheduler, owner.upper_scheduler]
+        self._parts += [SchedulerState(scheduler) for scheduler in schedulers if scheduler is not None]
+        self.random_state = RandomState(owner._devices())
+        self.reached = self.random_state  # where the train and the validation pass have come to
+
+    def restore(self, random_state: bool = True) -> None:
+        """Put everything back, the random state too unless told to leave it where the passes came to."""
+        self._owner._direction.set(self.direction)
+        self._owner._magnitude.set(self.magnitude)
+        if self._owner._direction.group is not None:
+            reshard(self._owner.model)
+        for part in reversed(self._parts):
+            part.restore()
+        self._grads.restore()
+        (self.random_state if random_state else self.reached).restore()

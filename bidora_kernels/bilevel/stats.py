@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ops._context import DirectionPoint
 from .flat import FlatParameters, Vector
 from .passes import Stopwatch
 
@@ -50,6 +51,7 @@ class Hypergradient:
     direct: Vector | None = None
     second_order: Vector | None = None
     radius: float | None = None
+    left: tuple[DirectionPoint, Vector] | None = None  # where the validation pass ran, if the step ends there
     signal: float | None = None  # what the perturbation changed of the gradient, over its noise floor
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..ops._context import pass_mode
+from ..ops._context import DirectionPoint, pass_mode
 from .estimators import noise_floor, relative_radius
 from .flat import Vector, add, scaled
 from .passes import LossFunction, Passes, checked_loss, parts_of
@@ -37,9 +37,13 @@ class TrainLoss:
         base: Vector | None,
         compute_dtype: torch.dtype,
         penalty: Callable[[Any], Tensor] | None = None,
+        point: DirectionPoint | None = None,
     ) -> None:
-        """Keep what the derivatives need; `base` is the lower pass's gradient on the same rows, where it was computed."""
-        self._penalty = penalty
+        """Keep what the derivatives need.
+
+        base: the lower pass's gradient on the same rows, where it was computed. point: where the lower pass ran.
+        """
+        self._penalty, self._point = penalty, point
         self._passes, self._loss_fn, self._batch = passes, loss_fn, batch
         self._random_state, self.before, self.after = random_state, before, after
         self._base, self._compute_dtype = base, compute_dtype
@@ -62,17 +66,32 @@ class TrainLoss:
         """The inner product of two vectors over the directions."""
         return float(self._passes.lower.dot(left, right))
 
-    def magnitude_gradient(self, point: Vector, vector: Vector | None = None, step: float = 0.0) -> Vector:
-        """grad_M L_train at `point + step * vector`."""
-        self._passes.lower.set(point, vector, step)
+    def magnitude_gradient(
+        self, start: Vector, vector: Vector | None = None, step: float = 0.0, point: DirectionPoint | None = None
+    ) -> Vector:
+        """grad_M L_train at `start + step * vector`; `point` names that place where another pass runs there."""
+        self._passes.lower.set(start, vector, step)
         self._random_state.restore()
-        result = self._passes.run("difference", self._loss_fn, self._batch, {"magnitude"})
+        result = self._passes.run("difference", self._loss_fn, self._batch, {"magnitude"}, point=point)
         return self._passes.upper.gather(result.magnitude)
+
+    def magnitude_gradients(self, start: Vector, vector: Vector, step: float) -> tuple[Vector, Vector]:
+        """grad_M L_train at `start + step * vector` and `start - step * vector`, the norms of both from one read of a weight."""
+        plus, minus = (self._passes.lower.point(start, vector, length) for length in (step, -step))
+        if plus is None or minus is None:
+            return self.magnitude_gradient(start, vector, step), self.magnitude_gradient(start, vector, -step)
+        plus.others = (minus,)
+        try:
+            forward = self.magnitude_gradient(start, vector, step, plus)
+            return forward, self.magnitude_gradient(start, vector, -step, minus)
+        finally:
+            plus.release()
+            minus.release()
 
     def base_gradient(self) -> Vector:
         """grad_M L_train at the directions before the step: the lower pass's own where it has it, else one more pass."""
         if self._base is None:
-            self._base = self.magnitude_gradient(self.before)
+            self._base = self.magnitude_gradient(self.before, point=self._point)
         return self._base
 
     def difference(self, plus: Vector, minus: Vector, width: float) -> Vector:

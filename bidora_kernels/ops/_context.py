@@ -10,11 +10,31 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 GROUPS = frozenset({"direction", "magnitude"})
+
+
+@dataclasses.dataclass(eq=False)
+class DirectionPoint:
+    """A state of the directions that several passes run at: row norms found in one of them are kept here for the others.
+
+    value_of: a direction's value at this point, None for a tensor that is no direction. others: points whose passes come next,
+    so that one read of a weight may give the norms of all. norms: with what the weight was, by the layer's own key.
+    """
+
+    value_of: Callable[[Tensor], Tensor | None]
+    others: tuple[DirectionPoint, ...] = ()
+    norms: dict[Any, tuple[Tensor, Any]] = dataclasses.field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of everything: layers remember the mode of their last pass, and it the point."""
+        self.value_of, self.others = lambda _: None, ()
+        self.norms.clear()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +46,7 @@ class PassMode:
     backend: overrides the backend choice by name.
     precise: 16-bit layers compute their base output in fp32, for passes whose signal is a small change.
     reuse: overrides the layers' `reuse`, the number of passes that run with the same parameters.
+    point: where the directions are, given where another pass runs there too or the norms of others are wanted with these.
     seen_dtypes: filled by the operations with the dtypes their matrix products ran in.
     """
 
@@ -34,6 +55,7 @@ class PassMode:
     backend: str | None = None
     precise: bool = False
     reuse: int | None = None
+    point: DirectionPoint | None = None
     seen_dtypes: set[torch.dtype] = dataclasses.field(default_factory=set, compare=False)
 
     def saw(self, dtype: torch.dtype) -> None:
@@ -80,6 +102,7 @@ def pass_mode(
     backend: str | None = None,
     precise: bool | None = None,
     reuse: int | None = None,
+    point: DirectionPoint | None = None,
 ) -> Iterator[PassMode]:
     """Set what the operations called inside compute; arguments left at None are inherited from an enclosing `pass_mode`.
 
@@ -97,6 +120,7 @@ def pass_mode(
         backend=outer.backend if backend is None else backend,
         precise=outer.precise if precise is None else precise,
         reuse=outer.reuse if reuse is None else reuse,
+        point=outer.point if point is None else point,
     )
     with adopt_mode(mode):
         yield mode

@@ -83,17 +83,19 @@ def test_sama_is_the_derivative_of_adamws_step(encoded: tuple[nn.Module, Any, An
         (torch.float32, bk.ForwardDifference(), 0.999),
         (torch.bfloat16, bk.CentralDifference(), 0.99),
         (torch.bfloat16, bk.ForwardDifference(), 0.95),
+        (torch.float16, bk.CentralDifference(), 0.99),
+        (torch.float16, bk.ForwardDifference(), 0.95),
     ],
     ids=repr,
 )
 def test_the_default_radius_on_a_real_encoder(
     encoded: tuple[nn.Module, Any, Any], dtype: torch.dtype, estimator: Any, cosine: float
 ) -> None:
-    """The bounds of the fidelity table; `python -m benchmarks.fidelity` holds them at later stages, other ranks and all layers."""
+    """The bounds that `python -m benchmarks.fidelity` holds later stages, other ranks and all layers to."""
     model, train, validation = encoded
 
     def rounded(model: nn.Module, batch: Any) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        with torch.autocast("cpu", dtype if dtype.itemsize == 2 else torch.bfloat16, enabled=dtype.itemsize == 2):
             return loss(model, batch)
 
     def q(model: nn.Module, estimator: Any, loss_fn: Any) -> torch.Tensor:

@@ -96,7 +96,7 @@ MUTATIONS: dict[str, tuple[Patch, Callable[[], None]]] = {
     "the norm, in a Hessian": (
         wrapped(
             train_loss.Passes, "run",
-            lambda real, self, kind, *arguments, differentiate_norm=None: real(self, kind, *arguments),
+            lambda real, self, kind, *arguments, differentiate_norm=None, **keywords: real(self, kind, *arguments, **keywords),
         ),
         covered.test_implicit_hessian_products_differentiate_the_norm_on_an_encoder,
     ),

@@ -19,6 +19,10 @@ from torch import Tensor
 GROUPS = frozenset({"direction", "magnitude"})
 
 
+def _no_direction(tensor: Tensor) -> Tensor | None:
+    return None
+
+
 @dataclasses.dataclass(eq=False)
 class DirectionPoint:
     """A state of the directions that several passes run at: row norms found in one of them are kept here for the others.
@@ -33,8 +37,12 @@ class DirectionPoint:
 
     def release(self) -> None:
         """Let go of everything: layers remember the mode of their last pass, and it the point."""
-        self.value_of, self.others = lambda _: None, ()
+        self.value_of, self.others = _no_direction, ()
         self.norms.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model, pickled or not, holds no other model's directions."""
+        return DirectionPoint, (_no_direction,)
 
 
 @dataclasses.dataclass(frozen=True)

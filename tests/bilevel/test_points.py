@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +178,18 @@ def test_norms_of_other_directions_would_be_seen(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(bk.BilevelOptimizer, "_where", trusting)
     assert not torch.equal(after_steps(moved), honest)
     assert torch.equal(after_steps(), without_points(monkeypatch))
+
+
+def test_a_model_can_be_copied_and_pickled_after_a_step() -> None:
+    model = small_bert()
+    optimizer = bert_optimizer(model)
+    with bk.use_backend("reference"):
+        optimizer.step(bert_loss, TRAIN, VALIDATION)
+        assert optimizer._left is not None
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            layers = [module for module in twin.modules() if isinstance(module, bk.FusedDoraLinear)]
+            assert all(not layer._forward_mode.point.norms for layer in layers if layer._forward_mode.point is not None)
+            assert torch.equal(both(twin), both(model))
 
 
 def test_a_point_holds_nothing_of_a_finished_difference() -> None:

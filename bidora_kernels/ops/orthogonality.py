@@ -60,8 +60,12 @@ def _product(weight: Tensor) -> Tensor:
 
 
 def _owner(weight: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    owner = weight if weight._base is None else weight._base
-    return owner, (() if owner.is_inference() else (owner._version, weight.data_ptr(), weight.shape, weight.stride()))
+    """The tensor that a product is kept for, a quantized one where weight holds its values, and the state that it was made in."""
+    base = weight if weight._base is None else weight._base
+    stored: Tensor | None = getattr(weight, "dequantized_from", getattr(base, "dequantized_from", None))
+    if stored is not None:
+        return stored, (() if stored.is_inference() else (stored._version, weight.shape, weight.stride()))
+    return base, (() if base.is_inference() else (base._version, weight.data_ptr(), weight.shape, weight.stride()))
 
 
 def _fits(weight: Tensor) -> bool:

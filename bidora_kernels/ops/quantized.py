@@ -62,9 +62,13 @@ def stand_in(weight: Tensor) -> Tensor:
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """The weight itself, or all values of a quantized one."""
+    """The weight itself, or all values of a quantized one, which remember it as `dequantized_from`: what is cached follows it."""
     quantized = format_of(weight)
-    return weight if quantized is None else quantized.rows(weight, 0, quantized.shape(weight)[0])
+    if quantized is None:
+        return weight
+    values: Any = quantized.rows(weight, 0, quantized.shape(weight)[0])
+    values.dequantized_from = weight
+    return values
 
 
 def row_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -59,9 +59,10 @@ class Estimator:
 class FirstOrder(Estimator):
     """h = grad_M L_val alone: the second-order term is left out (the paper's ablation xi = 0).
 
-    Passes: the lower one and the validation pass, which computes the magnitudes' gradient only. `at` says where: "after" the
-    lower step (the default), or "before" it, as the ablation reads, in which the directions have not moved. To be taken where the
-    directions hardly answer to the magnitudes within the horizon, as early in training with a small learning rate.
+    Passes: the lower one and the validation pass, which computes the magnitudes' gradient only. Memory: what every step here
+    needs, a copy of the parameters and of the optimizers' states to undo a failed one. `at` says where: "after" the lower step
+    (the default), or "before" it, as the ablation reads, in which the directions have not moved. To be taken where the directions
+    hardly answer to the magnitudes within the horizon, as early in training with a small learning rate.
     """
 
     at: str = "after"
@@ -80,8 +81,9 @@ class FirstOrder(Estimator):
 class CentralDifference(Estimator):
     """q(w) = (grad_M L_train(V + e w, M) - grad_M L_train(V - e w, M)) / 2e (BiDoRA, eq. 8), the paper's own method.
 
-    Passes: two more over the train batch, of the magnitudes' gradient only. Error O(e^2); e |w| is the radius. `at`: around the
-    directions "before" the lower step, as the paper writes, or "after" it, as its code and Betty do. `relative_radius`: the
+    Passes: two more over the train batch, of the magnitudes' gradient only. Memory: w and a second copy of the directions; no
+    graph is kept between passes. Error O(e^2); e |w| is the radius. `at`: around the directions "before" the lower step, as the
+    paper writes, or "after" it, as its code and Betty do. `relative_radius`: the
     radius as a fraction of the directions' length; None takes it from the compute dtype. To be taken where a one-sided
     difference is too coarse: large steps, strong curvature.
     """
@@ -107,7 +109,8 @@ class ForwardDifference(Estimator):
     """q(w) = (grad_M L_train(V + e w, M) - grad_M L_train(V, M)) / e: one pass fewer than eq. 8.
 
     Passes: one more over the train batch, of the magnitudes' gradient only: the gradient at V comes with the lower pass on the
-    same rows (with a `difference_batch` it is computed again on that part). Error O(e). `relative_radius` as in
+    same rows (with a `difference_batch` it is computed again on that part). Memory: w, a second copy of the directions and one
+    gradient of the magnitudes; no graph is kept between passes. Error O(e). `relative_radius` as in
     `CentralDifference`. The right choice nearly always.
     """
 
@@ -131,11 +134,11 @@ class ForwardDifference(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class DoubleBackward(Estimator):
-    """q(w) exactly, by differentiating the train loss's gradient: grad_M (grad_V L_train . w), the norm differentiated.
+    """q(w) = grad_M (grad_V L_train . w), exact: the train loss's gradient is differentiated, and in it the norm.
 
-    Passes: one more, with its graph kept for a second backward, so about two to three passes of time and twice the memory. It
+    Passes: one more, with its graph kept for a second backward, so about two to three passes of time. Memory: twice a pass's. It
     runs on the reference operations under the math SDPA backend, and raises RuntimeError, naming the operator, where the model
-    has one without a second derivative. The oracle of tests, and an exact answer for small models.
+    has one without a second derivative. To be taken as the oracle of tests, and for small models.
     """
 
     @property
@@ -150,11 +153,11 @@ class DoubleBackward(Estimator):
 
 @dataclasses.dataclass(frozen=True)
 class ForwardMode(Estimator):
-    """q(w) exactly and without a radius: the directional derivative (JVP) along w of grad_M L_train, the norm differentiated.
+    """q(w) = d/dt grad_M L_train(V + t w, M) at t = 0, exact and without a radius: a JVP along w, the norm differentiated.
 
-    Passes: one more, whose forward carries tangents, so about twice the time and memory of a pass; less than `DoubleBackward`. It
-    runs on the reference operations under the math SDPA backend, and raises RuntimeError, naming the operator, where the model
-    has one without a forward-mode rule. To be taken where an exact term is worth that price.
+    Passes: one more, whose forward carries tangents, so about twice a pass's time. Memory: twice a pass's, less than
+    `DoubleBackward`. It runs on the reference operations under the math SDPA backend, and raises RuntimeError, naming the
+    operator, where the model has one without a forward-mode rule. To be taken where an exact term is worth that price.
     """
 
     @property

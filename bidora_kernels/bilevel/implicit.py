@@ -82,7 +82,7 @@ class ConjugateGradient(Implicit):
 
     Passes: one Hessian-vector product per iteration, and q. Memory: four more vectors over the directions. H may be indefinite
     away from a minimum, hence the damping; it stops early on a direction of no or negative curvature, and once the residual is at
-    rounding level.
+    rounding level. To be taken near a minimum of the lower level, where fewer products than `Neumann`'s have to do.
     """
 
     iterations: int = 5

@@ -28,8 +28,9 @@ class Sama(Estimator):
     Where the horizon fails: on the first step, where Adam's is a sign function and J lives in the few entries whose gradient is
     about `eps`; and against a single real step, of which it is kappa times too long. 10 overshoots at large learning rates.
 
-    Passes: as its `difference`. Memory: one more vector over the directions. It always unrolls the optimizer's own step, so `xi`
-    and `unroll` do not apply. Other optimizers, amsgrad, nesterov and maximize raise by name.
+    Passes: as its `difference`. Memory: one more vector over the directions. To be taken wherever the lower optimizer is one of
+    those it knows, others, amsgrad, nesterov and maximize raising by name. It always unrolls the optimizer's own step, so `xi`
+    and `unroll` do not apply.
     """
 
     difference: Estimator = dataclasses.field(default_factory=ForwardDifference)

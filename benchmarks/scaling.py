@@ -64,6 +64,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
                     axis.plot(*zip(*known, strict=True), "o-", markersize=3, linewidth=1.2, label=provider)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
+            axis.set_xticks([int(value) for value in points])
             axis.set_xlabel(TITLES[axis_name])
             if column == 0:
                 axis.set_ylabel(label)

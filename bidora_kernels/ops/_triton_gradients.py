@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._library import flatten
+
+if TYPE_CHECKING:
+    from ..kernels.compose_backward import ComposeGradients
 
 LIBRARY_RANK = 128  # from this rank on two library products replace the low-rank part of `compose_backward`
 
@@ -48,7 +51,7 @@ def layer_gradients(
     needs_lora_B: bool,
     needs_magnitude: bool,
     base_dtype: torch.dtype,
-) -> Any:
+) -> ComposeGradients:
     """`launch_compose_backward`, its low-rank gradients by two library products at large ranks; arguments as there."""
     from ..kernels.compose_backward import ComposeGradients, launch_compose_backward
     from ..kernels.direction_backward import inverse_norms
@@ -79,12 +82,39 @@ def layer_gradients(
     return ComposeGradients(rest.base, grad_hidden, grad_B, rest.magnitude)
 
 
-def norm_gradients(
-    grad_magnitude: Tensor, scale: Tensor, norm: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """What a norm that is differentiated adds to (grad_lora_A, grad_lora_B), given the magnitude's gradient."""
-    from ..kernels.weight_norm_backward import launch_weight_norm_backward
-    from ..kernels.weight_norm_factors import launch_weight_norm_factors
+def low_rank_input(inputs: Tensor, lora_A: Tensor, needed: bool) -> Tensor:
+    """x @ lora_A^T, computed again; where nobody reads it, a tensor of its shape."""
+    if not needed:
+        return inputs.new_empty(inputs.shape[0], lora_A.shape[0])
+    return torch.mm(inputs, lora_A.to(inputs.dtype).t())
 
-    _, _, projection = launch_weight_norm_factors(weight, lora_A, lora_B, scaling)
-    return launch_weight_norm_backward(-scale * grad_magnitude, norm, projection, weight, lora_A, lora_B, scaling)
+
+def parameter_gradients(
+    grads: ComposeGradients,
+    inputs: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Tensor,
+    norm: Tensor,
+    scaling: float,
+    *,
+    needs_direction: bool,
+    needs_magnitude: bool,
+    through_norm: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_lora_A, grad_lora_B, grad_magnitude) from `layer_gradients`, None for what is not needed.
+
+    through_norm: add what a norm that is differentiated contributes; it needs the magnitude's gradient in any case.
+    """
+    grad_A, grad_B, grad_magnitude = None, grads.lora_B, grads.magnitude
+    if needs_direction and grads.hidden is not None:
+        grad_A = product(grads.hidden.t(), inputs, torch.float32)
+    if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
+        from ..kernels.weight_norm_backward import launch_weight_norm_backward
+        from ..kernels.weight_norm_factors import launch_weight_norm_factors
+
+        _, _, projection = launch_weight_norm_factors(weight, lora_A, lora_B, scaling)
+        norm_A, norm_B = launch_weight_norm_backward(-scale * grad_magnitude, norm, projection, weight, lora_A, lora_B, scaling)
+        grad_A, grad_B = grad_A + norm_A, grad_B + norm_B
+    return grad_A, grad_B, grad_magnitude if needs_magnitude else None

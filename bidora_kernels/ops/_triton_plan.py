@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton_gradients import flat, layer_gradients, norm_gradients, operand_dtype, product
+from ._triton_gradients import flat, layer_gradients, low_rank_input, operand_dtype, parameter_gradients, product
 
 
 def kept_dtype(
@@ -81,26 +81,22 @@ def backward(
     norm = norm.float()
     scale = launch_row_scale(magnitude, norm)
     operands = operand_dtype(x, weight, product_dtype)
-    inputs, frozen, down = flat(x, product_dtype), weight.to(operands), lora_A.to(product_dtype)
+    inputs, frozen = flat(x, product_dtype), weight.to(operands)
     through_norm = needs_direction and differentiate_norm
     needs_inner = needs_dropped if dropped else needs_x
-    reads_hidden = needs_direction or needs_magnitude
-    hidden = torch.mm(inputs, down.t()) if reads_hidden else inputs.new_empty(inputs.shape[0], lora_A.shape[0])
     grads = layer_gradients(
-        grad_output, hidden, lora_B, scale, norm, scaling, base=kept, dropped=dropped,
-        needs_base=needs_inner, needs_hidden=needs_inner or needs_direction, needs_lora_B=needs_direction,
-        needs_magnitude=needs_magnitude or through_norm, base_dtype=operands,
+        grad_output, low_rank_input(inputs, lora_A, needs_direction or needs_magnitude), lora_B, scale, norm, scaling,
+        base=kept, dropped=dropped, needs_base=needs_inner, needs_hidden=needs_inner or needs_direction,
+        needs_lora_B=needs_direction, needs_magnitude=needs_magnitude or through_norm, base_dtype=operands,
     )  # fmt: skip
-    grad_inner = grad_A = None
+    grad_inner = None
     if grads.base is not None and grads.hidden is not None:
         grad_inner = torch.addmm(torch.mm(grads.base, frozen), grads.hidden.to(operands), lora_A.to(operands))
     grad_x = grad_inner
     if dropped:
         grad_x = torch.mm(grad_output.to(operands), frozen) if needs_x else None
-    grad_B, grad_magnitude = grads.lora_B, grads.magnitude
-    if needs_direction and grads.hidden is not None:
-        grad_A = product(grads.hidden.t(), inputs, torch.float32)
-    if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
-        norm_A, norm_B = norm_gradients(grad_magnitude, scale, norm, weight, lora_A, lora_B, scaling)
-        grad_A, grad_B = grad_A + norm_A, grad_B + norm_B
-    return grad_x, grad_inner if dropped else None, grad_A, grad_B, grad_magnitude if needs_magnitude else None
+    parameters = parameter_gradients(
+        grads, inputs, weight, lora_A, lora_B, scale, norm, scaling,
+        needs_direction=needs_direction, needs_magnitude=needs_magnitude, through_norm=through_norm,
+    )  # fmt: skip
+    return grad_x, grad_inner if dropped else None, *parameters

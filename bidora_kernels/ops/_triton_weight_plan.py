@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._triton_gradients import flat, layer_gradients, norm_gradients, product
+from ._triton_gradients import flat, layer_gradients, low_rank_input, parameter_gradients
 
 DITHER_SEED = 0x5EED
 
@@ -92,21 +92,18 @@ def backward(
         merged, _ = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm)
     if needs_sum and kept is None and merged is not None:
         kept = torch.mm(inputs, merged.t())
-    grad_A = grad_B = grad_magnitude = None
-    if needs_direction or needs_sum:
-        down = lora_A.to(product_dtype)
-        hidden = torch.mm(inputs, down.t()) if needs_direction else inputs.new_empty(inputs.shape[0], lora_A.shape[0])
-        grads = layer_gradients(
-            grad_output, hidden, lora_B, scale, norm, scaling, output=kept, magnitude=magnitude, needs_base=False,
-            needs_hidden=needs_direction, needs_lora_B=needs_direction, needs_magnitude=needs_sum, base_dtype=product_dtype,
-        )  # fmt: skip
-        grad_B, grad_magnitude = grads.lora_B, grads.magnitude
-        if grads.hidden is not None:
-            grad_A = product(grads.hidden.t(), inputs, torch.float32)
-        if grad_magnitude is not None:
-            launch_magnitude_gradient(grad_magnitude, grad_output, inputs, weight, lora_A, lora_B, magnitude, norm, scaling)
-        if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
-            norm_A, norm_B = norm_gradients(grad_magnitude, scale, norm, weight, lora_A, lora_B, scaling)
-            grad_A, grad_B = grad_A + norm_A, grad_B + norm_B
     grad_x = torch.mm(grad_output.to(product_dtype), merged) if needs_x and merged is not None else None
-    return grad_x, None, grad_A, grad_B, grad_magnitude if needs_magnitude else None
+    if not (needs_direction or needs_sum):
+        return grad_x, None, None, None, None
+    grads = layer_gradients(
+        grad_output, low_rank_input(inputs, lora_A, needs_direction), lora_B, scale, norm, scaling,
+        output=kept, magnitude=magnitude, needs_base=False, needs_hidden=needs_direction, needs_lora_B=needs_direction,
+        needs_magnitude=needs_sum, base_dtype=product_dtype,
+    )  # fmt: skip
+    if grads.magnitude is not None:
+        launch_magnitude_gradient(grads.magnitude, grad_output, inputs, weight, lora_A, lora_B, magnitude, norm, scaling)
+    parameters = parameter_gradients(
+        grads, inputs, weight, lora_A, lora_B, scale, norm, scaling,
+        needs_direction=needs_direction, needs_magnitude=needs_magnitude, through_norm=through_norm,
+    )  # fmt: skip
+    return grad_x, None, *parameters

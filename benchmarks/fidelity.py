@@ -88,6 +88,29 @@ def measure(r: int, targets: str, arguments: argparse.Namespace, done: set[int])
         yield rows
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: by rank, targets and compute, cosine and relative error of q and of h over the stages, for each estimator."""
+    stages_shown = sorted({row["step"] for row in rows})
+    names = list(dict.fromkeys(row["estimator"] for row in rows))
+    lines = [
+        f"Over {' / '.join(map(str, stages_shown))} steps of training", "",
+        "| r, targets, compute | estimator | cosine of q | error of q | cosine of h | error of h |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r, targets, compute in dict.fromkeys((row["r"], row["targets"], row["compute"]) for row in rows):
+        for name in names:
+            own = {
+                row["step"]: row
+                for row in rows
+                if (row["r"], row["targets"], row["compute"], row["estimator"]) == (r, targets, compute, name)
+            }
+            cells = [
+                " / ".join(f"{own[step][key]:{form}}" if step in own else "-" for step in stages_shown)
+                for key, form in (("q_cosine", ".5f"), ("q_error", ".1e"), ("h_cosine", ".5f"), ("h_error", ".1e"))
+            ]
+            lines.append(f"| {r}, {targets}, {compute} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def gates(rows: list[dict[str, Any]]) -> list[str]:
     """The least cosine of q at the default radius over everything measured, beside what it must be."""
     lines = []
@@ -132,7 +155,7 @@ def main() -> None:
                 if arguments.json:
                     document = {"schema_version": 1, "torch": torch.__version__, "settings": _settings(arguments), "rows": rows}
                     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    print("\n".join(gates(rows)))
+    print("\n".join(["", *table(rows), "", *gates(rows)]))
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ held to the same truth, that of the whole validation batch.
     python -m benchmarks.usefulness --quick
     python -m benchmarks.usefulness --json usefulness.json                            # everything; goes on where it stopped
     python -m benchmarks.usefulness --json usefulness.json --lrs 2e-4 --stages 30     # a part; the file keeps the others
-    python -m benchmarks.usefulness --json usefulness.json --table                    # medians over draws and states
+    python -m benchmarks.usefulness --json usefulness.json --table                    # every state, and medians over them
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +198,43 @@ def _rows(
             yield row
 
 
+def states(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: per state and draw the lengths of the second-order terms and their cosines, then the whole one's errors by K."""
+    ks, shown = sorted({row["K"] for row in rows}), list(ESTIMATORS)[1:6]
+    found = {(row["lr"], row["stage"], row["draw"], row["K"], row["estimator"]): row for row in rows}
+    draws = sorted({key[:3] for key in found})
+    joined = " / ".join(map(str, ks))
+
+    def each(draw: tuple[Any, ...], name: str, value: Callable[[dict[str, Any]], float], form: str) -> str:
+        cells = [value(found[(*draw, k, name)]) for k in ks]
+        return " / ".join("-" if math.isnan(cell) else f"{cell:{form}}" for cell in cells)
+
+    lines = [
+        "Length of the second-order term, the first-order one being 1; cosine of Sama's and of xi = 1's with the truth's", "",
+        f"| learning rate, step, draw | truth, K = {joined} | {' | '.join(shown)} | cosine of Sama, K = {joined} | of xi = 1 |",
+        "|---" * (len(shown) + 4) + "|",
+    ]  # fmt: skip
+    for draw in draws:
+        truth = each(draw, "Sama, horizon 1", lambda row: row["truth_second_over_direct"], ".2g")
+        row = [found[(*draw, ks[0], name)] for name in shown]
+        lengths = [f"{one['second_ratio'] * one['truth_second_over_direct']:.2g}" for one in row]
+        cosines = [
+            each(draw, name, lambda row: row["second_cosine"], ".2f") for name in ("Sama, horizon 1", "paper-code (xi = 1)")
+        ]
+        lines.append(f"| {draw[0]:g}, {draw[1]}, {draw[2]} | {truth} | {' | '.join([*lengths, *cosines])} |")
+    lines += ["", "Relative error of the whole hypergradient", ""]
+    lines.append(f"| learning rate, step, draw | K | {' | '.join(list(ESTIMATORS)[:6])} |")
+    lines.append("|---" * 8 + "|")
+    for draw in draws:
+        for k in ks:
+            errors = [f"{found[(*draw, k, name)]['whole_error']:.3f}" for name in list(ESTIMATORS)[:6]]
+            lines.append(f"| {draw[0]:g}, {draw[1]}, {draw[2]} | {k} | {' | '.join(errors)} |")
+    return [*lines, ""]
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Medians over draws and states, by learning rate and K; and where a longer horizon is worse than none."""
-    lines = []
+    lines = states(rows)
     for lr in sorted({row["lr"] for row in rows}):
         ks = sorted({row["K"] for row in rows})
         lines.append(f"lr {lr:g}: whole hypergradient against K real steps, median cosine / relative error; states after step 0")
@@ -240,7 +274,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="add the rows to this file, state by state; what it has is not done again")
-    parser.add_argument("--table", action="store_true", help="measure nothing: the medians of --json")
+    parser.add_argument("--table", action="store_true", help="measure nothing: the tables of --json")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.lrs, arguments.stages, arguments.steps, arguments.draws = [1e-3], [0, 20], [1, 5], 1

@@ -60,11 +60,12 @@ def dora_linear(
     """
     stored, kind = weight, _quantized.format_of(weight)
     weight = weight if kind is None else _quantized.stand_in(weight)
-    checks.check_direction(weight, lora_A, lora_B)
-    checks.check_row_vector("magnitude", magnitude, weight)
-    checks.check_input("x", x, weight)
-    if bias is not None:
-        checks.check_row_vector("bias", bias, weight)
+    if not checks.is_usual_call(x, weight, lora_A, lora_B, magnitude, bias):
+        checks.check_direction(weight, lora_A, lora_B)
+        checks.check_row_vector("magnitude", magnitude, weight)
+        checks.check_input("x", x, weight)
+        if bias is not None:
+            checks.check_row_vector("bias", bias, weight)
     if norm is not None:
         checks.check_row_vector("norm", norm, weight)
     if merged is not None:
@@ -222,18 +223,18 @@ def _serving(device_type: str, differentiable: tuple[Tensor, ...], weight: Tenso
     backend = _backend.resolve(device_type)
     if backend == "reference":
         return backend
-    reason, auto = None, _is_auto()
+    reason = None
     if _in_forward_mode(differentiable):
         reason = "forward-mode derivatives and functional transforms"
     elif backend == "triton" and weight.dtype == torch.float64:
         reason = "fp64 weights"
     elif x is not None and x.dtype == torch.float64 and weight.dtype != torch.float64:
         reason = f"an fp64 input with a weight in {str(weight.dtype).removeprefix('torch.')}"
-    elif auto and backend == "triton" and _unserved(weight):
+    elif backend == "triton" and _is_auto() and _unserved(weight):
         return "reference"  # the kernels would be right, and slower
     if reason is None:
         return backend
-    if auto:
+    if _is_auto():
         return "reference"
     raise NotImplementedError(f'backend {backend!r} does not serve {reason}: use backend "reference"')
 

@@ -18,6 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr double kNormFloor = 1e-18;
+constexpr int64_t kBlockElements = 98304;       // of x and g that a core's cache holds beside the factors and their sums
+constexpr int64_t kPartialBytes = int64_t(4) << 20;  // of a backward's partial sums, at most
 
 Dtype dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -152,8 +154,8 @@ int64_t adapter_gradients_of(
   GradientArgs<T> args{};
   args.g = matrix(g, "g", tokens, n);
   args.lora_A = values<T>(lora_A, "lora_A", r * in);
-  args.bias = values<T>(bias, "bias", n);
-  args.tokens = tokens, args.in_features = in, args.out_features = n, args.r = r;
+  const T* offset = values<T>(bias, "bias", n);
+  args.in_features = in, args.out_features = n, args.r = r;
   T *to_A = values<T>(grad_A, "grad_A", r * in), *to_B = values<T>(grad_B, "grad_B", n * r);
   T* to_m = values<T>(grad_magnitude, "grad_magnitude", n);
   bool* flags = nullptr;
@@ -165,58 +167,62 @@ int64_t adapter_gradients_of(
   }
   if (direction) args.x = matrix(x, "x", tokens, in);
   auto scale = [&](int64_t i) { return norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1); };
-  std::unique_ptr<T[]> scaled_B, hidden, projected, by_rank, sums;
+  const int64_t padded_in = panel_count<T>(in) * k.panel, padded_out = panel_count<T>(n) * k.panel;
+  std::unique_ptr<T[]> scaled_B, padded_bias;
   if (direction) {
     scaled_B = buffer<T>(std::max<int64_t>(1, r * n));
-    hidden = buffer<T>(std::max<int64_t>(1, r * tokens));
-    projected = buffer<T>(std::max<int64_t>(1, r * tokens));
-    by_rank = buffer<T>(std::max<int64_t>(1, r * n));
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < r; ++j) scaled_B[j * n + i] = scale(i) * b[i * r + j];
-    std::fill(to_A, to_A + r * in, T(0));
-    std::fill(by_rank.get(), by_rank.get() + r * n, T(0));
-    args.scaled_B = scaled_B.get(), args.hidden = hidden.get(), args.projected = projected.get();
-    args.grad_A = to_A, args.grad_B = by_rank.get();
-    const int64_t pairs = (tokens + 1) / 2;
-    torch::stable::parallel_for(0, pairs, grain(2 * r * (in + n)), [&](int64_t begin, int64_t end) {
-      auto own = buffer<T>(2 * std::max(in, n) + 1);
-      k.project_tokens(args, 2 * begin, std::min(2 * end, tokens), own.get());
-    });
+    args.scaled_B = scaled_B.get();
   }
-  if (with_magnitude) {
-    sums = buffer<T>(std::max<int64_t>(1, 2 * n));
-    std::fill(sums.get(), sums.get() + 2 * n, T(0));
-    args.grad_scale_sum = sums.get(), args.square_sum = sums.get() + n;
+  if (offset != nullptr) {
+    padded_bias = buffer<T>(std::max<int64_t>(1, padded_out));
+    std::fill(std::copy(offset, offset + n, padded_bias.get()), padded_bias.get() + padded_out, T(0));
+    args.bias = padded_bias.get();
   }
-  // each piece takes its share of the panels of both sides, so that pieces cost the same
-  const int64_t panels_A = direction ? panel_count<T>(in) : 0, panels_B = panel_count<T>(n);
-  const int64_t work = tokens * k.panel * (direction ? r + 1 : 1);
-  const int64_t pieces = std::clamp<int64_t>((panels_A + panels_B) / grain(work), 1, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    if (direction) k.grad_A_panels(args, panels_A * begin / pieces, panels_A * end / pieces);
-    k.grad_B_panels(args, panels_B * begin / pieces, panels_B * end / pieces);
+  // a block of x and g stays in a core's cache between its projection and its sums; partial sums in 4 MiB, by the shape alone
+  args.block = std::clamp<int64_t>(kBlockElements / std::max<int64_t>(1, padded_in + padded_out) / 8 * 8, 16, kBlock);
+  const int64_t size = (direction ? r * (padded_in + padded_out) : 0) + 2 * padded_out;
+  const int64_t room = std::max<int64_t>(1, kPartialBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, size));
+  const int64_t parts = std::clamp<int64_t>(tokens / (2 * kBlock), 1, std::min<int64_t>(16, room));
+  auto partial = buffer<T>(std::max<int64_t>(1, parts * size));
+  const int64_t cost = tokens / parts * (direction ? (2 * r + 2) * (in + n) : 4 * n);
+  torch::stable::parallel_for(0, parts, grain(cost), [&](int64_t begin, int64_t end) {
+    auto own = buffer<T>(kBlock * (padded_in + 2 * padded_out + 2 * r) + 2 * padded_out + 1);
+    for (int64_t part = begin; part < end; ++part) {
+      T* to = partial.get() + part * size;
+      std::fill(to, to + size, T(0));
+      k.gradient_tokens(args, tokens * part / parts, tokens * (part + 1) / parts, to, own.get());
+    }
   });
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < size; ++i) partial[i] += partial[part * size + i];
+  const T* sums = partial.get();
   if (direction) {
-    for (int64_t i = 0; i < r * in; ++i) to_A[i] *= T(scaling);
+    for (int64_t j = 0; j < r; ++j)
+      for (int64_t c = 0; c < in; ++c) to_A[j * in + c] = T(scaling) * sums[j * padded_in + c];
+    sums += r * padded_in;
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < r; ++j) to_B[i * r + j] = T(scaling) * scale(i) * by_rank[j * n + i];
+      for (int64_t j = 0; j < r; ++j) to_B[i * r + j] = T(scaling) * scale(i) * sums[j * padded_out + i];
+    sums += r * padded_out;
   }
+  const T *grad_scale_sum = sums, *square_sum = sums + padded_out;
   int64_t doubtful_count = 0;
   if (with_magnitude) {
     for (int64_t i = 0; i < n; ++i) {
       const bool fixed = !(norms[i] >= T(kNormFloor));
       if (from_updated) {  // y is V x itself
         flags[i] = false;
-        to_m[i] = fixed ? T(0) : args.grad_scale_sum[i] / norms[i];
+        to_m[i] = fixed ? T(0) : grad_scale_sum[i] / norms[i];
         continue;
       }
       // y - bias lost the digits of c u where the bias is the larger part; near m = 0 it is not divisible by m
-      const double offset = args.bias ? double(args.bias[i]) : 0.0;
-      const bool lost = offset * offset * double(tokens) > doubtful_ratio * doubtful_ratio * double(args.square_sum[i]);
+      const double shift = offset ? double(offset[i]) : 0.0;
+      const bool lost = shift * shift * double(tokens) > doubtful_ratio * doubtful_ratio * double(square_sum[i]);
       const bool tiny = !(std::abs(double(m[i])) >= kNormFloor * std::max(1.0, double(norms[i])));
-      flags[i] = !fixed && (tiny || (offset != 0.0 && lost));
+      flags[i] = !fixed && (tiny || (shift != 0.0 && lost));
       doubtful_count += flags[i];
-      to_m[i] = fixed || tiny ? T(0) : args.grad_scale_sum[i] / m[i];
+      to_m[i] = fixed || tiny ? T(0) : grad_scale_sum[i] / m[i];
     }
   }
   return doubtful_count;

@@ -94,7 +94,7 @@ def resolve(device_type: str) -> str:
     """
     name = current_mode().backend or environment_backend()
     if name == "auto":
-        return auto_choice(device_type).backend
+        return next((known for known in _PREFERENCE.get(device_type, ()) if _missing(known, device_type) is None), "reference")
     reason = _missing(name, device_type)
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} was asked for, but {reason}")

@@ -53,3 +53,20 @@ def check_input(name: str, x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{name} must be [..., {weight.shape[1]}], got {list(x.shape)}")
     check_float(name, x)
     check_device(name, x, weight.device)
+
+
+def is_usual_call(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, bias: Tensor | None) -> bool:
+    """Whether a layer's tensors pass every check above, found in one look; where they do not, the checks say why."""
+    if weight.dim() != 2 or lora_A.dim() != 2:
+        return False
+    (out_features, in_features), device, r = weight.shape, weight.device, lora_A.shape[0]
+    tensors = (x, weight, lora_A, lora_B, magnitude) if bias is None else (x, weight, lora_A, lora_B, magnitude, bias)
+    return (
+        lora_A.shape[1] == in_features
+        and lora_B.shape == (out_features, r)
+        and magnitude.shape == (out_features,)
+        and (bias is None or bias.shape == (out_features,))
+        and x.dim() > 0
+        and x.shape[-1] == in_features
+        and all(tensor.dtype in FLOATS and tensor.device == device for tensor in tensors)
+    )

@@ -37,7 +37,7 @@ def refuse_second_derivative(name: str) -> None:
 
 def flatten(x: Tensor) -> Tensor:
     """[..., features] as [tokens, features]; also where there are no features."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -52,3 +52,23 @@ def like_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.stride(0) == 1 and weight.stride(1) != 1:
         return weight.new_empty(weight.shape[1], weight.shape[0], dtype=dtype).t()
     return weight.new_empty(weight.shape, dtype=dtype)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether a call may bypass the dispatcher: nothing traces or intercepts operators, and every tensor is a plain one."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(tensor) in _PLAIN for tensor in tensors)
+    )
+
+
+_default_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def saves_through_hooks() -> bool:
+    """Whether saved tensors pass through hooks (checkpointing, offloading), which a tensor kept by other means would escape."""
+    return _default_hooks is None or _default_hooks(True) is not None

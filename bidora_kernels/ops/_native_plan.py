@@ -70,36 +70,47 @@ class _Layer:
         self.bias = None if bias is None else self.constant(bias)
 
     def constant(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype).contiguous()
+        return tensor if tensor.dtype is self.dtype and tensor.is_contiguous() else tensor.to(self.dtype).contiguous()
 
     def flat(self, x: Tensor) -> Tensor:
         """[tokens, features] in the accumulating dtype, rows contiguous."""
-        return rows(flatten(x).to(self.dtype))
+        x = flatten(x)
+        return rows(x if x.dtype is self.dtype else x.to(self.dtype))
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def parts(self) -> Iterator[slice]:
+        """Slices of the output features, each with a merged weight that fits the workspace."""
         out_features, in_features = self.weight.shape
         step = rows_per_block(in_features, self.dtype)
         for start in range(0, out_features, step):
-            part = slice(start, min(start + step, out_features))
-            weight = self.weight[part]
-            yield part, weight, workspace(part.stop - start, in_features, self.dtype, _is_transposed(weight))
+            yield slice(start, min(start + step, out_features))
 
-    def merged_blocks(self, norm: Tensor, norm_known: bool, minus_weight: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (slice of output features, W' of them in the workspace); norms are filled in unless they are known."""
-        for part, weight, block in self._blocks():
-            native.merged_weight(
-                weight, self.lora_A, self.lora_B[part], self.magnitude[part], self.scaling, norm[part], block, norm_known,
-                minus_weight,
-            )  # fmt: skip
-            yield part, block
+    def fits_workspace(self) -> bool:
+        """Whether one part is the whole layer."""
+        out_features, in_features = self.weight.shape
+        return out_features <= rows_per_block(in_features, self.dtype)
+
+    def merged(self, norm: Tensor, norm_known: bool, minus_weight: bool = False, part: slice | None = None) -> Tensor:
+        """W' of a part of the output features (all without one) in the workspace; norms are filled in unless they are known."""
+        weight, lora_B, magnitude = self.weight, self.lora_B, self.magnitude
+        if part is not None:
+            weight, lora_B, magnitude, norm = weight[part], lora_B[part], magnitude[part], norm[part]
+        block = workspace(weight.shape[0], weight.shape[1], self.dtype, _is_transposed(weight))
+        native.merged_weight(weight, self.lora_A, lora_B, magnitude, self.scaling, norm, block, norm_known, minus_weight)
+        return block
+
+    def merged_blocks(self, norm: Tensor, minus_weight: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (slice of output features, W' of them in the workspace) for known norms."""
+        for part in self.parts():
+            yield part, self.merged(norm, True, minus_weight, part)
 
     def frozen_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice of output features, the frozen weight of them in the accumulating dtype)."""
         if self.weight.dtype == self.dtype:
             yield slice(0, self.weight.shape[0]), self.weight
             return
-        for part, weight, block in self._blocks():
-            yield part, block.copy_(weight)
+        for part in self.parts():
+            weight = self.weight[part]
+            yield part, workspace(weight.shape[0], weight.shape[1], self.dtype, _is_transposed(weight)).copy_(weight)
 
 
 def forward(
@@ -143,7 +154,7 @@ def forward(
                 torch.mm(x_dropped, frozen.t(), out=kept[:, part])
             native.compose(y, torch.mm(x_dropped, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y, kept)
     kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps)
-    return y.to(out_dtype), norm, None if kept_as is None else kept
+    return y if y.dtype is out_dtype else y.to(out_dtype), norm, None if kept_as is None else kept
 
 
 def backward(
@@ -197,13 +208,16 @@ def backward(
         norm_A, norm_B, _ = native.direction_backward(weight, None, layer.lora_A, layer.lora_B, None, scaling, norm, grad_norm)
         grad_A, grad_B = grad_A.add_(norm_A), grad_B.add_(norm_B)
     if needs_x or needs_dropped:
-        g = rows(g.to(layer.dtype))
+        g = rows(g if g.dtype is layer.dtype else g.to(layer.dtype))
         if dropped:
             grad_x = _product(g, layer.frozen_blocks(), weight.shape[1]) if needs_x else None
             if needs_dropped:
-                grad_dropped = _product(g, layer.merged_blocks(norm, norm_known=True, minus_weight=True), weight.shape[1])
+                grad_dropped = _product(g, layer.merged_blocks(norm, minus_weight=True), weight.shape[1])
         elif weight_plan_pays(g.shape[0], weight, layer.dtype, norm_known=True):
-            grad_x = _product(g, layer.merged_blocks(norm, norm_known=True), weight.shape[1])
+            if layer.fits_workspace():
+                grad_x = torch.mm(g, layer.merged(norm, norm_known=True))
+            else:
+                grad_x = _product(g, layer.merged_blocks(norm), weight.shape[1])
         else:
             scaled = g * reference.row_scale(layer.magnitude, norm)
             grad_x = torch.mm(scaled, weight).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
@@ -219,12 +233,16 @@ def _low_rank_gradients(layer: _Layer, x: Tensor, g: Tensor, norm: Tensor) -> tu
 
 def _outputs(layer: _Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_known: bool = True) -> Tensor:
     """x W'^T + bias, [tokens, out]."""
+    if layer.fits_workspace():
+        transposed = layer.merged(norm, norm_known).t()
+        return torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)
     y = x.new_empty(x.shape[0], layer.weight.shape[0])
-    for part, merged in layer.merged_blocks(norm, norm_known):
+    for part in layer.parts():
+        transposed = layer.merged(norm, norm_known, part=part).t()
         if bias is None:
-            torch.mm(x, merged.t(), out=y[:, part])
+            torch.mm(x, transposed, out=y[:, part])
         else:
-            torch.addmm(bias[part], x, merged.t(), out=y[:, part])
+            torch.addmm(bias[part], x, transposed, out=y[:, part])
     return y
 
 

@@ -26,14 +26,21 @@ def rows_per_block(columns: int, dtype: torch.dtype) -> int:
 
 def workspace(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """[rows, columns] of this thread's buffer, uninitialized; valid until the next call on this thread."""
+    views: dict[tuple[int, int, torch.dtype, bool], Tensor] = _local.__dict__.setdefault("views", {})
+    found = views.get((rows, columns, dtype, transposed))
+    if found is not None:
+        return found
     size = rows * columns * dtype.itemsize
     buffer = getattr(_local, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = torch.empty(size, dtype=torch.uint8)
         _local.buffer = buffer
         _buffers.add(buffer)
+        views.clear()
     values = buffer[:size].view(dtype)
-    return values.view(columns, rows).t() if transposed else values.view(rows, columns)
+    values = values.view(columns, rows).t() if transposed else values.view(rows, columns)
+    views[(rows, columns, dtype, transposed)] = values
+    return values
 
 
 def workspace_bytes() -> int:
@@ -43,4 +50,4 @@ def workspace_bytes() -> int:
 
 def release_workspace() -> None:
     """Free this thread's workspace; the next call makes a new one."""
-    _local.buffer = None
+    _local.__dict__.clear()

@@ -8,8 +8,7 @@ is known already; then `norm_given` is known too, and not a constant.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,18 +29,34 @@ def _implementation(backend: str) -> Any:
     return _triton_plan
 
 
-@contextlib.contextmanager
-def _without_autocast(device_type: str) -> Iterator[None]:
-    if torch.is_autocast_enabled(device_type):
-        with torch.autocast(device_type, enabled=False):
-            yield
-    else:
-        yield
-
-
 def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The same values in another shape, not counted as a view: an operator's output may then be overwritten in place."""
-    return torch.ops.aten._unsafe_view(tensor, shape)
+    return tensor if tensor.shape == shape else torch.ops.aten._unsafe_view(tensor, shape)
+
+
+def _planned_forward(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
+    x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
+    out_dtype: torch.dtype, keeps: bool, backend: str, plan: str, merged: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(y, the norms, what the backward needs beyond y or None) by the plan of the backend."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _planned_forward(
+                x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, precise, product_dtype,
+                out_dtype, keeps, backend, plan, merged,
+            )  # fmt: skip
+    if plan == "weight":
+        y, norm, kept = _triton_weight_plan.forward(
+            x, weight, lora_A, lora_B, magnitude, norm_given, bias, scaling, product_dtype, out_dtype, keeps, merged
+        )
+    else:
+        y, norm, kept = _implementation(backend).forward(
+            x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype, keeps
+        )
+    if norm is None:
+        raise RuntimeError("a merged weight came without its norms")
+    return _shaped(y, (*x.shape[:-1], weight.shape[0])), norm, kept
 
 
 def _forward(
@@ -49,20 +64,11 @@ def _forward(
     x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
     out_dtype: torch.dtype, keeps: bool, backend: str, plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with _without_autocast(x.device.type):
-        if plan == "weight":
-            y, norm, kept = _triton_weight_plan.forward(
-                x, weight, lora_A, lora_B, magnitude, norm_given, bias, scaling, product_dtype, out_dtype, keeps, merged
-            )
-        else:
-            y, norm, kept = _implementation(backend).forward(
-                x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype,
-                keeps,
-            )  # fmt: skip
-    if norm is None:
-        raise RuntimeError("a merged weight came without its norms")
+    y, norm, kept = _planned_forward(
+        x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, precise, product_dtype,
+        out_dtype, keeps, backend, plan, merged,
+    )  # fmt: skip
     # an operator may not return one of its inputs, nor the same memory twice
-    y = _shaped(y, (*x.shape[:-1], weight.shape[0]))
     return y, norm if norm_given is None else x.new_empty(0), x.new_empty(0) if kept is None else kept
 
 
@@ -92,29 +98,48 @@ _dora_linear = library.define(
 )  # fmt: skip
 
 
+def _planned_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
+    bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
+    needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
+    plan: str, merged: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of x, x_dropped, lora_A, lora_B and magnitude in their dtypes and shapes, None for what is not needed."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _planned_backward(
+                grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
+                needs_direction, needs_magnitude, differentiate_norm, product_dtype, backend, plan, merged,
+            )  # fmt: skip
+    grad_output, kept = library.flatten(grad_output), None if kept is None else library.flatten(kept)
+    if plan == "weight":
+        grads = _triton_weight_plan.backward(
+            grad_output, x, weight, lora_A, lora_B, magnitude, norm, kept, scaling, needs_x, needs_direction,
+            needs_magnitude, differentiate_norm, product_dtype, merged,
+        )  # fmt: skip
+    else:
+        grads = _implementation(backend).backward(
+            grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
+            needs_direction, needs_magnitude, differentiate_norm, product_dtype,
+        )  # fmt: skip
+    like = (x, x, lora_A, lora_B, magnitude)
+    return tuple(
+        None if grad is None else _shaped(grad.to(target.dtype), target.shape)
+        for grad, target in zip(grads, like, strict=True)
+    )
+
+
 def _backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
     bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
     needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
     plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_output, kept = library.flatten(grad_output), None if kept is None else library.flatten(kept)
-    with _without_autocast(x.device.type):
-        if plan == "weight":
-            grads = _triton_weight_plan.backward(
-                grad_output, x, weight, lora_A, lora_B, magnitude, norm, kept, scaling, needs_x, needs_direction,
-                needs_magnitude, differentiate_norm, product_dtype, merged,
-            )  # fmt: skip
-        else:
-            grads = _implementation(backend).backward(
-                grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
-                needs_direction, needs_magnitude, differentiate_norm, product_dtype,
-            )  # fmt: skip
-    like = (x, x, lora_A, lora_B, magnitude)
-    return tuple(  # type: ignore[return-value]
-        x.new_empty(0) if grad is None else _shaped(grad.to(target.dtype), target.shape)
-        for grad, target in zip(grads, like, strict=True)
-    )
+    grads = _planned_backward(
+        grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
+        needs_direction, needs_magnitude, differentiate_norm, product_dtype, backend, plan, merged,
+    )  # fmt: skip
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)  # type: ignore[return-value]
 
 
 def _backward_fake(
@@ -156,49 +181,58 @@ class _Keep(torch.autograd.Function):
         return None, None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, norm: Tensor, kept: Tensor | None) -> None:
+    """Keep for the backward what the needed gradients ask for."""
     x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, *others = inputs
-    y, norm, beyond = output
-    kept: Tensor | None = None
     _, product_dtype, _, _, backend, ctx.plan, merged = others
     needs = ctx.needs_input_grad
     ctx.direction, ctx.magnitude = needs[2] or needs[3], needs[4]
     ctx.differentiate_norm = not detach_norm and (norm_given is None or merged is not None)
     ctx.scaling, ctx.backend, ctx.dropped, ctx.product_dtype = scaling, backend, x_dropped is not None, product_dtype
-    norm = norm if norm_given is None else norm_given
-    saved = [x if x_dropped is None else x_dropped, weight, lora_A, lora_B, magnitude, norm, bias, merged]
-    ctx.keeper = None
+    ctx.output = None
     if not (ctx.magnitude or (ctx.direction and ctx.differentiate_norm)):
+        kept = None
+    elif kept is not None:
         pass
-    elif beyond.numel() > 0:
-        kept = beyond
     elif torch.compiler.is_compiling():
         kept = y
-    else:
-        # the caller may overwrite y (an activation in place): then the backward computes it again
+    # the caller may overwrite y (an activation in place): then the backward computes it again
+    elif library.saves_through_hooks():
         with torch.enable_grad():
-            ctx.keeper = _Keep.apply(torch.empty(0, requires_grad=True), y.detach()).grad_fn
-    ctx.save_for_backward(*saved, kept)
+            ctx.output = _Keep.apply(torch.empty(0, requires_grad=True), y.detach()).grad_fn
+    else:
+        ctx.output = y.detach(), y._version
+    ctx.save_for_backward(x if x_dropped is None else x_dropped, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept)
 
 
-def _kept_output(ctx: Any) -> Tensor | None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    y, norm, kept = output
+    norm_given = inputs[5]
+    _save(ctx, inputs, y, norm if norm_given is None else norm_given, kept if kept.numel() > 0 else None)
+
+
+def _saved_output(ctx: Any) -> Tensor | None:
     """y where it was kept and is still what the forward returned."""
-    keeper, ctx.keeper = ctx.keeper, None  # freed with the pass; a second backward through a retained graph computes y again
-    if keeper is None:
+    output, ctx.output = ctx.output, None  # freed with the pass; a second backward through a retained graph computes y again
+    if output is None:
         return None
+    if isinstance(output, tuple):
+        y, version = output
+        return y if y._version == version else None
     try:
-        return keeper.saved_tensors[0]
+        return output.saved_tensors[0]
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
         return None
 
 
-def _autograd_backward(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(backward: Any, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """What `backward`, the operator or its implementation, finds for the inputs that need a gradient."""
     x, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = _dora_linear_backward(
-        grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, _kept_output(ctx) if kept is None else kept,
+    grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = backward(
+        grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, _saved_output(ctx) if kept is None else kept,
         ctx.scaling, ctx.dropped, needs[0], needs[7], ctx.direction, ctx.magnitude, ctx.differentiate_norm, ctx.product_dtype,
         ctx.backend, ctx.plan, merged,
     )  # fmt: skip
@@ -208,9 +242,30 @@ def _autograd_backward(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[
     )  # fmt: skip
 
 
+def _operator_gradients(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(_dora_linear_backward, ctx, grad_output)
+
+
 torch.library.register_autograd(
-    "bidora_kernels::dora_linear", _autograd_backward, setup_context=_setup_context, lib=library.LIBRARY
+    "bidora_kernels::dora_linear", _operator_gradients, setup_context=_setup_context, lib=library.LIBRARY
 )
+
+
+class _DoraLinear(torch.autograd.Function):
+    """The operator without the dispatcher, which costs an eager call of a small layer more time than its kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """y, as the operator's first output."""
+        y, norm, kept = _planned_forward(*inputs)
+        _save(ctx, inputs, y, norm, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """As the operator's; under create_graph by the operator, whose own derivative says what is missing."""
+        bypass = not torch.is_grad_enabled() and library.is_eager(grad_output)
+        return _gradients(_planned_backward if bypass else _dora_linear_backward, ctx, grad_output)
 
 
 def reads_output(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, detach_norm: bool) -> bool:
@@ -238,7 +293,10 @@ def dora_linear(
 ) -> Tensor:
     """As `reference.dora_linear`, by one operator; arguments were checked in functional.py."""
     keeps = reads_output(lora_A, lora_B, magnitude, detach_norm)
-    return _dora_linear(
+    arguments = (
         x, weight, lora_A, lora_B, magnitude, norm, bias, x_dropped, scaling, detach_norm, precise,
         reference.matmul_dtype(x, weight, precise), reference.output_dtype(x), keeps, backend, plan, merged,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    if library.is_eager(x, weight, lora_A, lora_B, magnitude):
+        return _DoraLinear.apply(*arguments)  # type: ignore[no-any-return]
+    return _dora_linear(*arguments)[0]  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
-// The low-rank and magnitude gradients of a layer from x, g and y: two sweeps over tokens, no gradient of the full weight.
-// Every output element is summed by one thread in a fixed order, so results do not depend on the number of threads.
+// The low-rank and magnitude gradients of a layer from x, g and y: one sweep over tokens, no gradient of the full weight.
+// A block of tokens is projected on the factors and folded into the gradients while it is in the cache. Blocks add to a partial
+// sum per range of tokens; the ranges depend on the shape alone, so results do not depend on the number of threads.
 #pragma once
 
 #include "products.h"
@@ -7,114 +8,111 @@
 namespace bidora {
 namespace BIDORA_ISA {
 
-constexpr int64_t kTokens = 32;  // tokens summed in registers before they join the total: blocked sums, and x stays in the cache
-
-template <typename T, int ROWS>
-BIDORA_INLINE void project_group(const GradientArgs<T>& a, int64_t token, T* scratch) {
-  const T* rows[ROWS];
-  for (int i = 0; i < ROWS; ++i) rows[i] = row_as(a.g, token + i, a.out_features, scratch + i * a.out_features);
-  dots<T, ROWS>(rows, a.scaled_B, a.out_features, a.r, a.out_features, a.projected + token, a.tokens);
-  for (int i = 0; i < ROWS; ++i) rows[i] = row_as(a.x, token + i, a.in_features, scratch + i * a.in_features);
-  dots<T, ROWS>(rows, a.lora_A, a.in_features, a.r, a.in_features, a.hidden + token, a.tokens);
-}
-
 template <typename T>
-static void project_tokens(const GradientArgs<T>& a, int64_t begin, int64_t end, T* scratch) {
-  int64_t token = begin;
-  for (; token + 2 <= end; token += 2) project_group<T, 2>(a, token, scratch);
-  for (; token < end; ++token) project_group<T, 1>(a, token, scratch);
-}
+struct Rows {
+  const T* data;
+  int64_t stride;
+  const T* at(int64_t token, int64_t column) const { return data + token * stride + column; }
+};
 
-// grad[j][first:] += sum over a block of tokens of factor[j][token] * rows[token][first:]
+// `count` rows of a matrix from `token` on, a multiple of the panel wide: in place, or copied and filled up with zeros
 template <typename T>
-BIDORA_INLINE void add_block(
-    const Matrix& m, int64_t columns, int64_t panel, int64_t token, int64_t count, const T* factor, int64_t tokens, int64_t r,
-    T* grad) {
-  const int64_t first = panel * kPanel<T>, width = columns - first < kPanel<T> ? columns - first : kPanel<T>;
-  T packed[kTokens * kPanel<T>];
-  const T* right = static_cast<const T*>(m.data) + token * m.stride + first;
-  int64_t stride = m.stride;
-  if (m.dtype != kOwnDtype<T> || width < kPanel<T> || r > 8) {
-    if (width < kPanel<T>)
-      for (int64_t i = 0; i < kTokens * kPanel<T>; ++i) packed[i] = T(0);
-    for (int64_t t = 0; t < count; ++t) read_row(m, token + t, first, width, packed + t * kPanel<T>);
-    right = packed;
-    stride = kPanel<T>;
-  }
-  auto add = [&](T* to, Vector<T> v0, Vector<T> v1) {
-    if (width == kPanel<T>) {
-      store(to, load(to) + v0);
-      store(to + kLanes<T>, load(to + kLanes<T>) + v1);
-    } else {
-      T values[kPanel<T>];
-      store(values, v0);
-      store(values + kLanes<T>, v1);
-      for (int64_t c = 0; c < width; ++c) to[c] += values[c];
-    }
-  };
-  int64_t j = 0;
-  for (; j + 4 <= r; j += 4) {
-    Vector<T> acc[4][2];
-    panel_product<T, 4>(nullptr, nullptr, factor + j * tokens + token, tokens, right, stride, count, acc);
-    for (int i = 0; i < 4; ++i) add(grad + (j + i) * columns + first, acc[i][0], acc[i][1]);
-  }
-  for (; j < r; ++j) {
-    Vector<T> acc[1][2];
-    panel_product<T, 1>(nullptr, nullptr, factor + j * tokens + token, tokens, right, stride, count, acc);
-    add(grad + j * columns + first, acc[0][0], acc[0][1]);
-  }
-}
-
-template <typename T>
-static void grad_A_panels(const GradientArgs<T>& a, int64_t begin, int64_t end) {
-  for (int64_t token = 0; token < a.tokens; token += kTokens) {
-    const int64_t count = a.tokens - token < kTokens ? a.tokens - token : kTokens;
-    for (int64_t p = begin; p < end; ++p)
-      add_block(a.x, a.in_features, p, token, count, a.projected, a.tokens, a.r, a.grad_A);
-  }
-}
-
-template <typename T>
-BIDORA_INLINE void add_magnitude_block(const GradientArgs<T>& a, int64_t panel, int64_t token, int64_t count) {
-  const int64_t first = panel * kPanel<T>, width = a.out_features - first < kPanel<T> ? a.out_features - first : kPanel<T>;
-  T bias[kPanel<T>] = {}, g_row[kPanel<T>] = {}, y_row[kPanel<T>] = {};
-  if (a.bias)
-    for (int64_t c = 0; c < width; ++c) bias[c] = a.bias[first + c];
-  const bool in_place = width == kPanel<T> && a.g.dtype == kOwnDtype<T> && a.y.dtype == kOwnDtype<T>;
-  Vector<T> b0 = load(bias), b1 = load(bias + kLanes<T>), dot0 = {}, dot1 = {}, square0 = {}, square1 = {};
+BIDORA_INLINE Rows<T> block_of(const Matrix& m, int64_t token, int64_t count, int64_t columns, T* scratch) {
+  const int64_t padded = panels_of<T>(columns) * kPanel<T>;
+  if (m.dtype == kOwnDtype<T> && padded == columns) return {static_cast<const T*>(m.data) + token * m.stride, m.stride};
   for (int64_t t = 0; t < count; ++t) {
-    const T *g = g_row, *y = y_row;
-    if (in_place) {
-      g = static_cast<const T*>(a.g.data) + (token + t) * a.g.stride + first;
-      y = static_cast<const T*>(a.y.data) + (token + t) * a.y.stride + first;
-    } else {
-      read_row(a.g, token + t, first, width, g_row);
-      read_row(a.y, token + t, first, width, y_row);
-    }
-    Vector<T> u0 = load(y) - b0, u1 = load(y + kLanes<T>) - b1;
-    dot0 += load(g) * u0;
-    dot1 += load(g + kLanes<T>) * u1;
-    square0 += u0 * u0;
-    square1 += u1 * u1;
+    read_row(m, token + t, 0, columns, scratch + t * padded);
+    for (int64_t c = columns; c < padded; ++c) scratch[t * padded + c] = T(0);
   }
-  T dot[kPanel<T>], square[kPanel<T>];
-  store(dot, dot0);
-  store(dot + kLanes<T>, dot1);
-  store(square, square0);
-  store(square + kLanes<T>, square1);
-  for (int64_t c = 0; c < width; ++c) {
-    a.grad_scale_sum[first + c] += dot[c];
-    a.square_sum[first + c] += square[c];
+  return {scratch, padded};
+}
+
+// out[j][t] = <block[t], right[j]>
+template <typename T>
+BIDORA_INLINE void project(const Rows<T>& block, int64_t count, const T* right, int64_t columns, int64_t r, T* out) {
+  int64_t t = 0;
+  for (; t + 2 <= count; t += 2) {
+    const T* rows[2] = {block.at(t, 0), block.at(t + 1, 0)};
+    dots<T, 2>(rows, right, columns, r, columns, out + t, kBlock);
+  }
+  for (; t < count; ++t) {
+    const T* rows[1] = {block.at(t, 0)};
+    dots<T, 1>(rows, right, columns, r, columns, out + t, kBlock);
+  }
+}
+
+// to[j] += sum_t factor[j][t] * rows[t] over one panel
+template <typename T, int RANKS>
+BIDORA_INLINE void add_panel(const T* rows, int64_t row_stride, int64_t count, const T* factor, T* to, int64_t stride) {
+  Vector<T> acc[RANKS][2];
+  panel_product<T, RANKS>(nullptr, nullptr, factor, kBlock, rows, row_stride, count, acc);
+  for (int j = 0; j < RANKS; ++j) {
+    T* at = to + j * stride;
+    store(at, load(at) + acc[j][0]);
+    store(at + kLanes<T>, load(at + kLanes<T>) + acc[j][1]);
   }
 }
 
 template <typename T>
-static void grad_B_panels(const GradientArgs<T>& a, int64_t begin, int64_t end) {
-  for (int64_t token = 0; token < a.tokens; token += kTokens) {
-    const int64_t count = a.tokens - token < kTokens ? a.tokens - token : kTokens;
-    for (int64_t p = begin; p < end; ++p) {
-      if (a.x.data) add_block(a.g, a.out_features, p, token, count, a.hidden, a.tokens, a.r, a.grad_B);
-      if (a.y.data) add_magnitude_block(a, p, token, count);
+BIDORA_INLINE void add_ranks(const T* rows, int64_t row_stride, int64_t count, const T* factor, int64_t r, T* to, int64_t stride) {
+  T packed[kBlock * kPanel<T>];
+  if (r > 4) {  // read several times: rows whose distance is a multiple of the page would evict each other
+    for (int64_t t = 0; t < count; ++t) {
+      store(packed + t * kPanel<T>, load(rows + t * row_stride));
+      store(packed + t * kPanel<T> + kLanes<T>, load(rows + t * row_stride + kLanes<T>));
+    }
+    rows = packed, row_stride = kPanel<T>;
+  }
+  int64_t j = 0;
+  for (; j + 4 <= r; j += 4) add_panel<T, 4>(rows, row_stride, count, factor + j * kBlock, to + j * stride, stride);
+  for (; j < r; ++j) add_panel<T, 1>(rows, row_stride, count, factor + j * kBlock, to + j * stride, stride);
+}
+
+// dot += sum_t g (y - bias), square += sum_t (y - bias)^2 over TOKENS rows, read along the rows
+template <typename T, int TOKENS>
+BIDORA_INLINE void add_magnitude(
+    const Rows<T>& g, const Rows<T>& y, int64_t token, int64_t columns, const T* bias, T* dot, T* square) {
+  for (int64_t c = 0; c < columns; c += kLanes<T>) {
+    Vector<T> b = {}, dots = load(dot + c), squares = load(square + c);
+    if (bias) b = load(bias + c);
+    for (int64_t t = 0; t < TOKENS; ++t) {
+      Vector<T> u = load(y.at(token + t, c)) - b;
+      dots += load(g.at(token + t, c)) * u;
+      squares += u * u;
+    }
+    store(dot + c, dots);
+    store(square + c, squares);
+  }
+}
+
+// Tokens [begin, end) added to a partial sum: grad_A [r, padded in], grad_B^T [r, padded out], then the two magnitude sums
+// [padded out] each.
+template <typename T>
+static void gradient_tokens(const GradientArgs<T>& a, int64_t begin, int64_t end, T* partial, T* scratch) {
+  const int64_t in = panels_of<T>(a.in_features) * kPanel<T>, out = panels_of<T>(a.out_features) * kPanel<T>;
+  const bool direction = a.x.data != nullptr;
+  T *grad_A = partial, *grad_B = grad_A + (direction ? a.r * in : 0), *dot = grad_B + (direction ? a.r * out : 0);
+  T *own_g = scratch, *own_y = own_g + kBlock * out, *own_x = own_y + kBlock * out, *hidden = own_x + kBlock * in,
+    *projected = hidden + a.r * kBlock, *sums = projected + a.r * kBlock;
+  for (int64_t token = begin; token < end; token += a.block) {
+    const int64_t count = end - token < a.block ? end - token : a.block;
+    const Rows<T> g = block_of(a.g, token, count, a.out_features, own_g);
+    if (direction) {
+      const Rows<T> x = block_of(a.x, token, count, a.in_features, own_x);
+      project(x, count, a.lora_A, a.in_features, a.r, hidden);
+      project(g, count, a.scaled_B, a.out_features, a.r, projected);
+      for (int64_t first = 0; first < in; first += kPanel<T>) add_ranks(x.at(0, first), x.stride, count, projected, a.r, grad_A + first, in);
+    }
+    if (direction)
+      for (int64_t first = 0; first < out; first += kPanel<T>)
+        add_ranks(g.at(0, first), g.stride, count, hidden, a.r, grad_B + first, out);
+    if (a.y.data) {
+      const Rows<T> y = block_of(a.y, token, count, a.out_features, own_y);
+      for (int64_t c = 0; c < 2 * out; ++c) sums[c] = T(0);
+      int64_t t = 0;
+      for (; t + 4 <= count; t += 4) add_magnitude<T, 4>(g, y, t, out, a.bias, sums, sums + out);
+      for (; t < count; ++t) add_magnitude<T, 1>(g, y, t, out, a.bias, sums, sums + out);
+      for (int64_t c = 0; c < 2 * out; ++c) dot[c] += sums[c];
     }
   }
 }

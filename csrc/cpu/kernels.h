@@ -31,23 +31,20 @@ struct WeightArgs {
   T floor;            // rows below it keep the scale 1 (unit rows: 0)
 };
 
-// The products of one backward pass with an input x [tokens, in] and a gradient g [tokens, out]:
-//   hidden = x lora_A^T, projected = g (c lora_B)        both stored transposed, [r, tokens]
+// The sums of one backward pass with an input x [tokens, in] and a gradient g [tokens, out]:
+//   hidden = x lora_A^T, projected = g (c lora_B)
 //   grad_A = projected^T x, grad_B^T = hidden^T g, grad_scale_sum = sum_t g (y - bias), square_sum = sum_t (y - bias)^2
 template <typename T>
 struct GradientArgs {
-  Matrix x, g, y;      // x or y with data == nullptr: the products that need it are left out
+  Matrix x, g, y;      // x or y with data == nullptr: the sums that need it are left out
   const T* lora_A;     // [r, in]
   const T* scaled_B;   // (c lora_B)^T, [r, out]
-  const T* bias;       // [out] or nullptr
-  T* hidden;           // [r, tokens]
-  T* projected;        // [r, tokens]
-  T* grad_A;           // [r, in]
-  T* grad_B;           // [r, out]
-  T* grad_scale_sum;   // [out]
-  T* square_sum;       // [out]
-  int64_t tokens, in_features, out_features, r;
+  const T* bias;       // [padded out] or nullptr
+  int64_t in_features, out_features, r;
+  int64_t block;       // tokens that are projected and folded together, at most kBlock
 };
+
+constexpr int64_t kBlock = 32;
 
 // y = c (base + hidden @ (scaling lora_B)^T) + bias, or with a second base
 // y = base + c u - base_dropped + bias, u = base_dropped + hidden @ (scaling lora_B)^T, u being written over base_dropped.
@@ -104,11 +101,9 @@ struct Kernels {
   void (*weight_rows)(const WeightArgs<T>&, int64_t begin, int64_t end, T* scratch);
   // panels of output features [begin, end); scratch: (in_features + 8) * panel elements
   void (*weight_columns)(const WeightArgs<T>&, int64_t begin, int64_t end, T* scratch);
-  // tokens [begin, end); scratch: 2 * (in_features + out_features) elements
-  void (*project_tokens)(const GradientArgs<T>&, int64_t begin, int64_t end, T* scratch);
-  // panels [begin, end) of in_features (grad_A), of out_features (grad_B and the sums)
-  void (*grad_A_panels)(const GradientArgs<T>&, int64_t begin, int64_t end);
-  void (*grad_B_panels)(const GradientArgs<T>&, int64_t begin, int64_t end);
+  // tokens [begin, end) added to `partial`: grad_A [r, padded in] and grad_B^T [r, padded out] where there is an x, then
+  // grad_scale_sum and square_sum [padded out]; scratch: kBlock * (padded in + 2 * padded out + 2 * r) + 2 * padded out elements
+  void (*gradient_tokens)(const GradientArgs<T>&, int64_t begin, int64_t end, T* partial, T* scratch);
   // rows [begin, end); partial_A: r * padded(in_features); scratch: 12 * padded(in_features) + 9 * r elements
   void (*direction_rows)(const DirectionArgs<T>&, int64_t begin, int64_t end, T* partial_A, T* scratch);
   void (*compose_tokens)(const ComposeArgs<T>&, int64_t begin, int64_t end);

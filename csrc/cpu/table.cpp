@@ -11,9 +11,8 @@ namespace BIDORA_ISA {
 template <typename T>
 static Kernels<T> make() {
   return {
-      kPanel<T>,         pack_panels<T>,   weight_rows<T>,   weight_columns<T>, project_tokens<T>,
-      grad_A_panels<T>,  grad_B_panels<T>, direction_rows<T>, compose_tokens<T>,
-      few_tokens_rows<T>,
+      kPanel<T>,          pack_panels<T>,    weight_rows<T>,    weight_columns<T>,
+      gradient_tokens<T>, direction_rows<T>, compose_tokens<T>, few_tokens_rows<T>,
   };
 }
 

@@ -168,26 +168,33 @@ class FusedDoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., out] for x [..., in]. Raises RuntimeError when a merged layer is asked to train."""
-        if self.merged:
+        if self._unmerged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("a merged layer cannot be trained: call unmerge() first")
             return self._merged_forward(x)
-        if context.inside_backward() and self._forward_mode is not None:
-            with context.adopt_mode(self._forward_mode):  # a checkpointed segment's recomputation
+        if torch.compiler.is_compiling():
+            return self._dora_forward(x)
+        seen = self._forward_mode
+        if seen is not None and context.inside_backward():
+            with context.adopt_mode(seen):  # a checkpointed segment's recomputation
                 return self._dora_forward(x)
-        if not torch.compiler.is_compiling():
-            self._forward_mode = context.current_mode()
+        mode = context.current_mode()
+        if seen is not mode:
+            self._forward_mode = mode
         return self._dora_forward(x)
 
     def _dora_forward(self, x: Tensor) -> Tensor:
-        x_dropped = None
+        weight, lora_A, lora_B, scaling = self._stored_terms()
+        x_dropped = merged = norm = None
         if self.training and self.lora_dropout > 0.0:
             x_dropped = F.dropout(x, self.lora_dropout)
-        weight, lora_A, lora_B, scaling = self._stored_terms()
-        merged, norm = self._kept_merged(x) if x_dropped is None else (None, None)
+        elif self._reuse() > 1:
+            merged, norm = self._kept_merged(x)
+        if merged is None and not self.training:
+            norm = self._cached_norm()
         return functional.dora_linear(
-            x, weight, lora_A, lora_B, self.magnitude, scaling, self.bias, x_dropped, self.detach_norm,
-            norm=self._cached_norm() if merged is None else norm, merged=merged, plan=self.forced_plan,
+            x, weight, lora_A, lora_B, self.magnitude, scaling, self.bias, x_dropped, self.detach_norm, norm=norm, merged=merged,
+            plan=self.forced_plan,
         )  # fmt: skip
 
     def plan(self, tokens: int, dtype: torch.dtype | None = None) -> cost_model.Plan:
@@ -208,7 +215,7 @@ class FusedDoraLinear(nn.Module):
 
     def _kept_merged(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(the merged weight, its norms) where the plan keeps one between passes, made once per state of the parameters."""
-        if self._reuse() <= 1 or torch.compiler.is_compiling() or quantized.format_of(self.weight) is not None:
+        if torch.compiler.is_compiling() or quantized.format_of(self.weight) is not None:
             return None, None
         dtype = reference.matmul_dtype(x, self.weight, context.current_mode().precise)
         if not self.plan(x.numel() // max(1, self.in_features), dtype).kept:

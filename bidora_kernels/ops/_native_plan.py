@@ -23,16 +23,20 @@ FEW_TOKENS = 16
 LIBRARY_RANK = 32  # from here on the library's products form the gradients of lora_A and lora_B
 
 
-def weight_plan_pays(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known: bool) -> bool:
+def weight_plan_pays(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known: bool, backward: bool = False) -> bool:
     """Whether W' costs less memory traffic than correcting the product with the frozen weight.
 
-    W' is written once and read back; the activation plan reads and writes the output once more, reads x once more, and without
-    known norms reads the weight once more. A weight in another dtype than the product's must be converted, which is W' already.
+    W' is written once and read back. The activation plan reads and writes the output once more, reads x once more, and without
+    known norms reads the weight once more; for the gradient of x it reads and writes both the output's gradient and the result.
+    A weight in another dtype than the product's must be converted, which is W' already.
     """
     out_features, in_features = weight.shape
     if weight.dtype != dtype:
         return True
-    activation = tokens * (2 * out_features + in_features) + (0 if norm_known else out_features * in_features)
+    if backward:
+        activation = tokens * 2 * (out_features + in_features)
+    else:
+        activation = tokens * (2 * out_features + in_features) + (0 if norm_known else out_features * in_features)
     return activation > 2 * out_features * in_features
 
 
@@ -213,7 +217,7 @@ def backward(
             grad_x = _product(g, layer.frozen_blocks(), weight.shape[1]) if needs_x else None
             if needs_dropped:
                 grad_dropped = _product(g, layer.merged_blocks(norm, minus_weight=True), weight.shape[1])
-        elif weight_plan_pays(g.shape[0], weight, layer.dtype, norm_known=True):
+        elif weight_plan_pays(g.shape[0], weight, layer.dtype, norm_known=True, backward=True):
             if layer.fits_workspace():
                 grad_x = torch.mm(g, layer.merged(norm, norm_known=True))
             else:

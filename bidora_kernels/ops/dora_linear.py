@@ -124,8 +124,7 @@ def _planned_backward(
         )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
     return tuple(
-        None if grad is None else _shaped(grad.to(target.dtype), target.shape)
-        for grad, target in zip(grads, like, strict=True)
+        None if grad is None else _shaped(grad.to(target.dtype), target.shape) for grad, target in zip(grads, like, strict=True)
     )
 
 
@@ -298,5 +297,8 @@ def dora_linear(
         reference.matmul_dtype(x, weight, precise), reference.output_dtype(x), keeps, backend, plan, merged,
     )  # fmt: skip
     if library.is_eager(x, weight, lora_A, lora_B, magnitude):
-        return _DoraLinear.apply(*arguments)  # type: ignore[no-any-return]
+        if not torch.is_grad_enabled():
+            return _planned_forward(*arguments)[0]
+        # past Function.apply, which looks for functional transforms: functional.py has sent those to the reference
+        return super(torch.autograd.Function, _DoraLinear).apply(*arguments)  # type: ignore[no-any-return,misc]
     return _dora_linear(*arguments)[0]  # type: ignore[no-any-return]

@@ -59,6 +59,14 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def padded_ranks(lora_A: Tensor, lora_B: Tensor, multiple: int = 16) -> tuple[Tensor, Tensor]:
+    """lora_A [r, in] and lora_B [out, r] with zero ranks up to a multiple: Triton knows strides as multiples of 16 or not."""
+    missing = -lora_A.shape[0] % multiple
+    if missing == 0:
+        return lora_A, lora_B
+    return torch.nn.functional.pad(lora_A, (0, 0, 0, missing)), torch.nn.functional.pad(lora_B, (0, missing))
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)

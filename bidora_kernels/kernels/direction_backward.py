@@ -109,7 +109,7 @@ def launch_down_gradient(
     grad = None if grad is None else rows(grad)
     alpha = None if alpha is None else alpha.contiguous()
     r = lora_A.shape[0]
-    chosen = tile("down_gradient", r, weight, lora_A, grad)
+    chosen = tile("down_gradient", r, weight, lora_A, lora_B, grad)
     columns, steps = cdiv(in_features, chosen["BLOCK_IN"]), cdiv(out_features, chosen["BLOCK_OUT"])
     chunks = cdiv(r, chosen["BLOCK_R"])
     tiles_per_split = max(1, cdiv(steps, splits_for(columns * chunks, steps)))
@@ -139,7 +139,7 @@ def launch_row_projection(
     grad_projection, projection = torch.empty(out_features, r, **options), torch.empty(out_features, r, **options)
     product = torch.empty(out_features, **options)
     if out_features:
-        chosen = tile("row_projection", r, weight, lora_A, grad)
+        chosen = tile("row_projection", r, weight, lora_A, lora_B, grad)
         chunks = cdiv(r, chosen["BLOCK_R"])
         run(
             "row_projection", _row_projection_kernel, (cdiv(out_features, chosen["BLOCK_OUT"]), chunks), weight,

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import dot, inverse_norm, updated_tile
-from ._launch import cdiv, precision, rows, run, splits_for, tile
+from ._launch import cdiv, padded_ranks, precision, rows, run, splits_for, tile
 from .direction_backward import inverse_norms, launch_down_gradient
 from .reduce_partials import Segment, launch_reduce_partials
 from .weight_norm_factors import CANCELLATION, launch_weight_norm_factors
@@ -118,7 +118,9 @@ def launch_orthogonality(
     weight_gram: weight @ weight^T, contiguous fp32 [out, out].
     """
     out_features, in_features = weight.shape
-    lora_A, lora_B, r = rows(lora_A), lora_B.float().contiguous(), lora_A.shape[0]
+    ranks = lora_A.shape[0]
+    lora_A, lora_B = padded_ranks(rows(lora_A), lora_B.float().contiguous())
+    r = lora_A.shape[0]
     norm, weight_projection, projection = launch_weight_norm_factors(weight, lora_A, lora_B, scaling)
     chosen = tile("orthogonality", r, weight_gram)
     blocks, chunks = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(r, chosen["BLOCK_R"]) if needs_gradients else 1
@@ -148,4 +150,5 @@ def launch_orthogonality(
     excess = inverse * row_squares[:, None]
     derivative_P = 4.0 * inverse * (sums[0].view(out_features, r) - excess * projection)
     derivative_B = 4.0 * inverse * (sums[1].view(out_features, r) - excess * lora_B)
-    return penalty, launch_down_gradient(weight, lora_A, lora_B, scaling, derivative_B), scaling * derivative_P
+    grad_lora_A = launch_down_gradient(weight, lora_A, lora_B, scaling, derivative_B)
+    return penalty, grad_lora_A[:ranks], scaling * derivative_P[:, :ranks]

@@ -44,6 +44,10 @@ _PASS_ON_SM_80 = {
     2: _PASS_OVER_WEIGHT[2],
     4: {16: _weight(64, 64, 16), 64: _weight(32, 32, 32, stages=2), 512: _weight(64, 32, 32)},
 }
+_PASS_ON_SM_100 = {
+    2: _PASS_OVER_WEIGHT[2],
+    4: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64, warps=8), 512: _weight(64, 32, 32)},
+}
 _TWO_PRODUCTS = {
     2: {16: _weight(64, 64, 16), 64: _weight(32, 64, 32, stages=2)},
     4: {16: _weight(32, 64, 16, stages=2), 64: _weight(32, 32, 32, stages=2)},
@@ -80,11 +84,50 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
     # where the default rows spill on these chips
     "sm_80": {
         "weight_norm": _PASS_ON_SM_80,
+        "weight_norms": {
+            2: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64, stages=2), 512: _weight(32, 64, 32, stages=2)},
+            4: {16: _weight(64, 64, 16, stages=2), 64: _weight(32, 64, 32, stages=2), 512: _weight(32, 64, 32, stages=1)},
+        },
         "merged_weight": _PASS_ON_SM_80,
         "weight_norm_factors": _PASS_ON_SM_80,
+        "down_gradient": {2: _TWO_PRODUCTS[2], 4: {16: _weight(32, 64, 16), 64: _weight(32, 32, 32)}},
+        "magnitude_gradient": {
+            2: {16: _both(32, 64, 32, 16), 64: _both(32, 64, 32, 32)},
+            4: {512: _both(32, 32, 32, 16)},
+        },
+        "orthogonality_cancelling": {4: {16: _weight(16, 16, 16, stages=1), 512: _weight(16, 16, 32, stages=1)}},
+        "compose": {
+            2: {
+                16: _tokens(64, 64, 16, stages=1),
+                64: _tokens(64, 64, 64, warps=8, stages=1),
+                512: _tokens(64, 64, 64, stages=1),
+            },
+            4: {16: _tokens(64, 64, 16, stages=1), 512: _tokens(64, 64, 32, stages=1)},
+        },
     },
     "sm_100": {
+        "weight_norm": _PASS_ON_SM_100,
+        "merged_weight": _PASS_ON_SM_100,
+        "weight_norm_factors": {
+            2: _PASS_OVER_WEIGHT[2],
+            4: {16: _weight(64, 64, 16), 64: _weight(64, 64, 64, stages=2), 512: _weight(64, 32, 32)},
+        },
+        "weight_norm_factors_tail": {
+            4: {
+                16: _weight(64, 32, 16, stages=2),
+                64: _weight(64, 32, 32, warps=8, stages=2),
+                512: _weight(64, 32, 32, stages=2),
+            }
+        },
+        "row_projection": {2: _TWO_PRODUCTS[2], 4: {512: _weight(64, 32, 16, warps=8, stages=2)}},
         "orthogonality": {4: {16: _weight(64, 32, 16, warps=8, stages=2), 512: _weight(32, 32, 16, stages=2)}},
+        "compose": {
+            2: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
+            4: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1), 512: _tokens(64, 64, 32, stages=1)},
+        },
+    },
+    "gfx942": {
+        "orthogonality": {4: {512: _weight(32, 32, 16, stages=2)}},
     },
 }
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import dot, low_rank_tile, row_scale
-from ._launch import cdiv, precision, rows, run, splits_for, tile
+from ._launch import cdiv, padded_ranks, precision, rows, run, splits_for, tile
 
 
 @triton.jit
@@ -116,7 +116,8 @@ def launch_weight_norms(weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], s
     if len(sets) == 1:
         lora_A, lora_B = rows(sets[0][0])[None], rows(sets[0][1])[None]
     else:
-        lora_A, lora_B = torch.stack([a for a, _ in sets]), torch.stack([b for _, b in sets])
+        padded = [padded_ranks(a, b) for a, b in sets]
+        lora_A, lora_B = torch.stack([a for a, _ in padded]), torch.stack([b for _, b in padded])
     sums = _sums(weight, lora_A, lora_B, scaling)
     norms = torch.empty_like(sums[0])
     _finish(sums, norms, None, sums.shape[0], None)

@@ -67,13 +67,16 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def launches_of(call: Callable[[], object], architecture: str = "default") -> list[Launch]:
-    """The launches of a call with the tiles of an architecture like "sm_90"."""
+    """The launches of a call with the tiles of an architecture like "sm_90" or "gfx942"."""
     original, _launch.architecture_of = _launch.architecture_of, lambda device: architecture
+    hip = torch.version.hip
+    if architecture.startswith("gfx"):
+        torch.version.hip = "compiled for"  # what a build of torch for AMD says of itself
     try:
         with recorded_launches() as launches:
             call()
     finally:
-        _launch.architecture_of = original
+        _launch.architecture_of, torch.version.hip = original, hip
     return launches
 
 
@@ -98,6 +101,35 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **compile_options})
+
+
+@dataclasses.dataclass
+class AmdReport:
+    """What one code object for an AMD GPU uses; scratch: bytes of memory per thread that registers spill to."""
+
+    registers: int
+    scratch: int
+    shared: int
+    wide_loads: int
+    tensor_core: bool
+    float_atomics: list[str]
+
+
+def amd_report(launch: Launch, architecture: str) -> AmdReport:
+    compiled = compile_launch(launch, GPUTarget("hip", architecture, 64))
+    text = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        return max(int(value) for value in re.findall(rf"\.{name}:\s+(\d+)", text))
+
+    return AmdReport(
+        registers=field("vgpr_count"),
+        scratch=field("private_segment_fixed_size"),
+        shared=compiled.metadata.shared,
+        wide_loads=len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+        tensor_core="v_mfma" in text,
+        float_atomics=re.findall(r"\w+_atomic_(?:pk_)?(?:add|fadd|min|max)_(?:f16|f32|f64|bf16)", text),
+    )
 
 
 @dataclasses.dataclass

@@ -3,14 +3,18 @@
 A row of V = weight + scaling * lora_B @ lora_A needs only its own row of the weight, so norms, merged weights and the layer run
 block by block over the quantized storage; the backward dequantizes each block again. One hook per storage format says how its
 rows are read: bitsandbytes' 4-bit parameters (NF4, FP4) and torchao's weight-only tensors are known, others are registered.
+
+`torch.compile` breaks its graph around a quantized layer, which then runs as it does in eager mode; fullgraph=True raises.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +24,24 @@ from .. import reference
 from . import dora_linear as operator
 
 BLOCK_BYTES = 64 << 20  # of dequantized rows at a time
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def _outside_graphs(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """As torch.compiler.disable, without importing dynamo where nothing is compiled."""
+
+    @functools.wraps(function)
+    def outside(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        dynamo = sys.modules.get("torch._dynamo")
+        return (function if dynamo is None else dynamo.disable(function))(*args, **kwargs)
+
+    outside.__dict__["_torchdynamo_disable"] = True
+    outside.__dict__["_torchdynamo_disable_msg"] = (
+        "a quantized weight is dequantized block by block, outside any graph: compile without fullgraph=True"
+    )
+    return outside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +83,7 @@ def stand_in(weight: Tensor) -> Tensor:
     return torch.empty(1, dtype=quantized.dtype(weight), device=weight.device).expand(quantized.shape(weight))
 
 
+@_outside_graphs
 def dequantized(weight: Tensor) -> Tensor:
     """The weight itself, or all values of a quantized one, which remember it as `dequantized_from`: what is cached follows it."""
     quantized = format_of(weight)
@@ -85,6 +108,7 @@ def row_blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(start, stop), quantized.rows(weight, start, stop)
 
 
+@_outside_graphs
 def by_rows(function: Callable[..., Tensor], weight: Tensor, lora_A: Tensor, *per_row: Tensor) -> Tensor:
     """function(weight, lora_A, *per_row) for a function whose result has one row per output feature, block by block.
 
@@ -193,6 +217,7 @@ class _QuantizedLinear(torch.autograd.Function):
         )  # fmt: skip
 
 
+@_outside_graphs
 def dora_linear(
     x: Tensor,
     weight: Tensor,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import torch
 from torch import Tensor, nn
 
 import bidora_kernels as bk
+from bidora_kernels.ops.quantized import dequantized
+
+from .draws import Call, draw
 
 
 class RowQuantized(nn.Parameter):
@@ -86,10 +90,8 @@ def plain_twin(layer: bk.FusedDoraLinear) -> bk.FusedDoraLinear:
     return twin.train(layer.training)
 
 
-def outcome(layer: bk.FusedDoraLinear, x: Tensor) -> list[Tensor]:
-    """y and every gradient, under a fixed dropout mask."""
-    torch.manual_seed(5)
-    x = x.detach().requires_grad_()
-    y = layer(x)
-    leaves = [x, layer.lora_A, layer.lora_B, layer.magnitude]
-    return [y.detach(), *torch.autograd.grad((y.float() * torch.linspace(-1, 1, y.shape[-1])).square().sum(), leaves)]
+def quantized_call(**options: object) -> tuple[Call, Call]:
+    """A random call of dora_linear over a quantized weight, and the same over the values that it holds."""
+    call = draw(**options)
+    weight = RowQuantized(call.weight)
+    return dataclasses.replace(call, weight=weight), dataclasses.replace(call, weight=dequantized(weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,29 +12,59 @@ from torch import nn
 import bidora_kernels as bk
 from bidora_kernels.ops import quantized
 
-from .quantized_rows import LIVE, outcome, plain_twin, quantized_linear, trained
+from .draws import draw, run, violations
+from .quantized_rows import LIVE, RowQuantized, plain_twin, quantized_call, quantized_linear, trained
 
 BACKENDS = ["reference", "auto"]
-
-
-def assert_equal_outcomes(layer: bk.FusedDoraLinear, x: torch.Tensor, backend: str) -> None:
-    twin = plain_twin(layer)
-    with bk.use_backend(backend):
-        for got, want in zip(outcome(layer, x), outcome(twin, x), strict=True):
-            assert got.dtype == want.dtype
-            eps = torch.finfo(want.dtype).eps
-            torch.testing.assert_close(got, want, rtol=8 * eps, atol=32 * eps * float(want.abs().max()))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("dropout", "detach", "bias"), list(itertools.product([0.0, 0.4], [True, False], [True, False])))
-def test_a_layer(
-    backend: str, dtype: torch.dtype, dropout: float, detach: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dropped", "detach", "bias"), list(itertools.product([False, True], repeat=3)))
+def test_a_call_against_fp64(
+    backend: str, dtype: torch.dtype, dropped: bool, detach: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The bound of every other weight, from the values that the quantized one holds (draws.py)."""
     monkeypatch.setattr(quantized, "BLOCK_BYTES", 7 * 40 * dtype.itemsize)  # seven rows at a time
-    layer = trained(quantized_linear(24, 40, dtype, bias), lora_dropout=dropout, detach_norm=detach)
-    assert_equal_outcomes(layer, torch.randn(2, 9, 40, dtype=dtype), backend)
+    call, values = quantized_call(dtype=dtype, dropped=dropped, detach_norm=detach, bias=bias)
+    assert violations(values, run(call, backend)) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_term_of_a_call_is_noticed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "BLOCK_BYTES", 7 * 40 * dtype.itemsize)
+    call, values = quantized_call(dtype=dtype)
+    weight, touched = call.weight, {"y", "x", "lora_A", "lora_B", "magnitude"}
+    mutations = {
+        "another scale": (dataclasses.replace(call, weight=RowQuantized(2 * values.weight)), touched),
+        "rows of the next block": (dataclasses.replace(call, weight=RowQuantized(values.weight.roll(7, 0))), touched),
+        "no low rank": (dataclasses.replace(call, scaling=0.0), touched),
+        "low rank turned": (dataclasses.replace(call, lora_B=-call.lora_B), touched),
+        "no bias": (dataclasses.replace(call, bias=None), {"y"}),
+        "scale turned": (dataclasses.replace(call, magnitude=-call.magnitude), touched - {"magnitude"}),
+    }
+    assert violations(values, run(call, "auto")) == []
+    for name, (mutated, terms) in mutations.items():
+        broken = {line.split(":")[0] for line in violations(values, run(mutated, "auto"))}
+        assert terms <= broken, name
+    assert call.weight is weight
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_layer_is_its_call(dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "BLOCK_BYTES", 7 * 40 * dtype.itemsize)
+    layer = trained(quantized_linear(24, 40, dtype), lora_dropout=dropout)
+    x, leaves = torch.randn(2, 9, 40, dtype=dtype, requires_grad=True), [layer.lora_A, layer.lora_B, layer.magnitude]
+    torch.manual_seed(5)
+    found = [layer(x)]
+    torch.manual_seed(5)
+    dropped = nn.functional.dropout(x, dropout) if dropout else None
+    found.append(bk.functional.dora_linear(x, layer.weight, *leaves, layer.scaling, layer.bias, dropped))
+    grad = torch.randn_like(found[0])
+    for got, want in zip(*([y.detach(), *torch.autograd.grad(y, [x, *leaves], grad)] for y in found), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,6 +100,24 @@ def test_one_block_at_a_time_is_alive(training: bool, dropout: float, monkeypatc
         layer(torch.randn(3, 40))
     assert LIVE.peak == block
     assert LIVE.now == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_compiled_model_runs_quantized_layers_as_eager_does(backend: str) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(trained(quantized_linear(24, 40)), nn.GELU(), nn.Linear(24, 8))
+    x, leaves = torch.randn(5, 40, requires_grad=True), [p for p in model.parameters() if p.requires_grad]
+    with bk.use_backend(backend):
+        compiled = torch.compile(model, backend="aot_eager")
+        found = [[y.detach(), *torch.autograd.grad(y.square().sum(), [x, *leaves])] for y in (compiled(x), model(x))]
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="a quantized weight is dequantized block by block"):
+            torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+        norm = torch.compile(bk.functional.weight_norm, backend="aot_eager")
+        terms = (model[0].weight, model[0].lora_A, model[0].lora_B, model[0].scaling)
+        assert torch.equal(norm(*terms), bk.functional.weight_norm(*terms))
 
 
 def test_an_output_overwritten_in_place() -> None:
@@ -127,7 +176,10 @@ def test_bitsandbytes(in_features: int, double: bool, monkeypatch: pytest.Monkey
     pieces = torch.cat([block for _, block in quantized.row_blocks(kind.weight)])
     assert torch.equal(pieces, values)
     assert torch.equal(quantized.dequantized(kind.weight), values)
-    assert_equal_outcomes(trained(kind), torch.randn(6, in_features), "auto")
+    call = dataclasses.replace(draw(out_features=72, in_features=in_features), weight=kind.weight)
+    assert violations(dataclasses.replace(call, weight=values), run(call, "auto")) == []
+    layer, x = trained(kind), torch.randn(6, in_features)
+    torch.testing.assert_close(layer(x), plain_twin(layer)(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -139,4 +191,6 @@ def test_torchao(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torchao.quantize_(model, config)
     weight = model[0].weight
     assert torch.equal(torch.cat([block for _, block in quantized.row_blocks(weight)]), weight.dequantize())
-    assert_equal_outcomes(trained(model[0]), torch.randn(6, 128, dtype=torch.bfloat16), "auto")
+    call = dataclasses.replace(draw(out_features=72, in_features=128, dtype=torch.bfloat16), weight=weight)
+    assert violations(dataclasses.replace(call, weight=weight.dequantize()), run(call, "auto")) == []
+    trained(model[0])(torch.randn(6, 128, dtype=torch.bfloat16)).sum().backward()

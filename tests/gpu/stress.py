@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 
 import torch
 from torch import Tensor
@@ -72,3 +73,13 @@ def check_random(seed: int, device: str, largest: int) -> tuple[str, list[str]]:
     text = f"seed {seed}: [{out_features}, {in_features}] r={r} tokens={tokens} {dtype} {plan} needs {needs}"
     call = moved(call, device)
     return text, violations(call, run_plan(call, plan, needs))
+
+
+def stress(seconds: float, device: str, largest: int, first: int = 0) -> tuple[int, list[str]]:
+    """(how many random layers there was time for, what is outside the bound)."""
+    started, seed, wrong = time.monotonic(), first, []
+    while time.monotonic() - started < seconds:
+        text, found = check_random(seed, device, largest)
+        wrong += [f"{text}: {line}" for line in found]
+        seed += 1
+    return seed - first, wrong

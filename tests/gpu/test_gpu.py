@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import nn
 
 import bidora_kernels as bk
 
-from .stress import FIXED, check_fixed, check_random
+from .stress import FIXED, check_fixed, stress
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")]
 STRESS_SECONDS = 120
@@ -28,12 +26,8 @@ def test_fixed_shapes(index: int) -> None:
 
 
 def test_random_layers_for_two_minutes() -> None:
-    started, seed, wrong = time.monotonic(), 0, []
-    while time.monotonic() - started < STRESS_SECONDS:
-        text, found = check_random(seed, "cuda", 2048)
-        wrong += [f"{text}: {line}" for line in found]
-        seed += 1
-    print(f"{seed} random layers")
+    layers, wrong = stress(STRESS_SECONDS, "cuda", 2048)
+    print(f"{layers} random layers")
     assert wrong == []
 
 

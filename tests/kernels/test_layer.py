@@ -55,6 +55,21 @@ def test_a_layer_trains_on_the_kernels(plan: str, shape: tuple[int, int], dropou
         torch.testing.assert_close(value, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(0,), (1,), (3, 0, 2), (67,)], ids=str)
+@pytest.mark.parametrize("plan", ["activation", "weight"])
+def test_any_number_of_tokens_in_any_layout(plan: str, shape: tuple[int, ...]) -> None:
+    dora = make_dora(72, 104)
+    dora.forced_plan = plan
+    x = torch.randn(104, *shape).movedim(0, -1)  # features are the slowest dimension
+    assert x.numel() <= 104 or not x.is_contiguous()
+    LAUNCHES.clear()
+    got, expected = run(dora, x, "triton"), run(dora, x, "reference")
+    assert LAUNCHES["weight_norm"] == 1
+    for value, want in zip(got, expected, strict=True):
+        assert value.shape == want.shape
+        torch.testing.assert_close(value, want, rtol=2e-5, atol=2e-5 * float(want.abs().max()) if want.numel() else 0.0)
+
+
 def test_a_pass_launches_only_what_it_needs() -> None:
     dora, x = make_dora(72, 104), torch.randn(5, 104)
     dora.forced_plan = "activation"

@@ -11,7 +11,7 @@ import bidora_kernels as bk
 from bidora_kernels.kernels._launch import LAUNCHES
 from bidora_kernels.ops._triton_weight_plan import merge
 
-from ..gpu.stress import FIXED, check_fixed, check_random
+from ..gpu.stress import FIXED, check_fixed, check_random, stress
 from ..ops.draws import draw
 from . import comparison  # noqa: F401 (skips this module without the interpreter)
 
@@ -107,6 +107,12 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.bidora_kernels, name).default, (call.weight, down, up, *rest))
 
 
+def test_opcheck_of_several_sets() -> None:
+    call = draw(2)
+    arguments = (call.weight, [call.lora_A, -call.lora_A], [call.lora_B, call.lora_B], call.scaling, "triton")
+    torch.library.opcheck(torch.ops.bidora_kernels.weight_norms.default, arguments)
+
+
 @pytest.mark.parametrize("plan", ["activation", "weight"])
 def test_derivatives_without_a_rule_name_the_alternative(plan: str) -> None:
     call = draw(3)
@@ -151,6 +157,12 @@ def test_random_layers(seed: int) -> None:
     """The stress test of a GPU at toy sizes."""
     text, found = check_random(seed, "cpu", 64)
     assert found == [], text
+
+
+def test_the_stress_of_a_gpu_runs() -> None:
+    layers, wrong = stress(1.0, "cpu", 32, first=50)
+    assert layers > 0
+    assert wrong == []
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Tiles as data: per architecture and kernel, the tile for ranks up to a bound.
 
 A tile is chosen by architecture ("default" where it has no table of its own), kernel, the widest operand in bytes, and the first
-rank bound that holds r (ranks above the last bound use the last row, whose kernels loop over BLOCK_R). The default rows were
-chosen from compiled sm_80, sm_90 and sm_100 code (registers, spills, shared memory), not measured; a measured row for a GPU goes
+rank bound that holds r (ranks above the last bound use the last row, whose kernels loop over BLOCK_R). All rows were chosen from
+compiled code (registers, spills, shared memory), the default ones for sm_90, and none is measured; a measured row for a GPU goes
 under its architecture: `bidora bench --tune` prints one.
 """
 
@@ -81,7 +81,7 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
             4: {16: _tokens(64, 32, 16, stages=2), 64: _tokens(64, 32, 16, stages=2)},
         },
     },
-    # where the default rows spill on these chips
+    # where the default rows spill on a chip
     "sm_80": {
         "weight_norm": _PASS_ON_SM_80,
         "weight_norms": {

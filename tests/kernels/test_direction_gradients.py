@@ -191,9 +191,14 @@ def test_normalized_direction(shape: tuple[int, int, int], dtype: torch.dtype) -
     limits = bounds(layer, sizes(layer, grad, None))
     for value, want, other, limit in zip(got, expected, same, limits, strict=False):
         assert_rows_close(value, want, other, bound=limit)
-    # without the projection, and with its sign turned
     updated = reference.direction(*direction(exact))
     rows = ordinary_rows(reference.weight_norm(*direction(exact)))
+    truth, other = reference.normalized_direction(*direction(exact)), reference.normalized_direction(*direction(layer))
+    for weight, scaling in ((0 * exact.weight, 1.3), (-exact.weight, 1.3), (exact.weight, 0.0), (exact.weight, -1.3)):
+        mutated = reference.normalized_direction(weight, exact.lora_A, exact.lora_B, scaling)
+        assert_mutation_fails(mutated, unit, truth, other, rows)
+    assert_mutation_fails(updated, unit, truth, other, rows)
+    # without the projection, and with its sign turned
     inverse = torch.where(rows, 1.0 / reference.weight_norm(*direction(exact)), 0.0)[:, None]
     along = (grad.double() * updated).sum(1, keepdim=True) * inverse**3 * updated
     for factor in (0.0, -1.0):
@@ -221,6 +226,14 @@ def test_merged_weight_backward(r: int, dtype: torch.dtype) -> None:
     mutated = gradients(merged_of(-1.3), exact, grad)
     for value, want, other, limit, wrong in zip(got, expected, same, (*limits, bound), mutated, strict=True):
         assert_mutation_fails(wrong, value, want, other, rows if value.shape[0] == 72 else None, bound=limit)
+    for mutated in (0 * expected[2], -expected[2], expected[2] * norm):
+        assert_mutation_fails(mutated, got[2], expected[2], same[2], rows, bound=bound)
+    along = inverse.double() ** 2 * (grad.double() * updated).sum(1)
+    for without_magnitude, factor in ((True, 1.0), (False, 0.0), (False, -1.0)):
+        alpha = inverse.double() * (1.0 if without_magnitude else exact.magnitude)
+        dV = alpha[:, None] * (grad.double() - factor * along[:, None] * updated)
+        assert_mutation_fails(1.3 * dV @ exact.lora_A.T, got[1], expected[1], same[1], rows, bound=limits[1])
+        assert_mutation_fails(1.3 * exact.lora_B.T @ dV, got[0], expected[0], same[0], bound=limits[0])
 
 
 def test_strided_weight_and_gradient() -> None:

@@ -251,13 +251,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     key = ("lr", "stage", "draw", "K")
     first = {tuple(r[k] for k in key): r["whole_error"] for r in rows if r["estimator"] == "first order"}
     for name in [name for name in ESTIMATORS if name != "first order"]:
-        worse = sorted({
-            (r["lr"], r["stage"], r["K"])
-            for r in rows
-            if r["estimator"] == name and r["whole_error"] > first[tuple(r[k] for k in key)] * 1.02
-        })  # fmt: skip
-        where = ", ".join(f"lr {lr:g} step {stage} K {k}" for lr, stage, k in worse) or "nowhere"
-        lines.append(f"{name}: a larger error than first order (by over 2 %) at {where}")
+        worse: dict[tuple[float, int], set[int]] = {}
+        for r in rows:
+            if r["estimator"] == name and r["whole_error"] > first[tuple(r[k] for k in key)] * 1.02:
+                worse.setdefault((r["lr"], r["stage"]), set()).add(r["K"])
+        where = [f"lr {lr:g} step {stage}, K {' '.join(map(str, sorted(ks)))}" for (lr, stage), ks in sorted(worse.items())]
+        lines.append(f"{name}: a larger error than first order (by over 2 %) {'at' if where else 'nowhere'}")
+        lines += [f"    {text}" for text in where]
     return lines
 
 

@@ -6,6 +6,7 @@ pass. A layer that does not fit is processed in blocks of output features.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 LIMIT_BYTES = 64 << 20  # holds a 4096 x 4096 fp32 layer whole
+
+SETTLING_BYTES = (32 << 20) - (64 << 10)  # glibc learns from freed blocks of up to 32 MiB, its header included
 
 _local = threading.local()
 _buffers: weakref.WeakSet[Tensor] = weakref.WeakSet()
@@ -24,6 +27,17 @@ def rows_per_block(columns: int, dtype: torch.dtype) -> int:
     return max(1, fit - fit % 64 if fit >= 64 else fit)
 
 
+@functools.cache
+def settle_allocator() -> None:
+    """Let glibc keep what a training step frees, for the next step.
+
+    It hands the top of its heap back to the system when more is free there than twice the largest block it has seen freed; a
+    step of a mid-sized model then faults tens of thousands of pages in again. One block of the largest size it learns from,
+    never touched, raises that limit for good. Other allocators are not affected.
+    """
+    torch.empty(SETTLING_BYTES, dtype=torch.uint8)
+
+
 def workspace(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
     """[rows, columns] of this thread's buffer, uninitialized; valid until the next call on this thread."""
     views: dict[tuple[int, int, torch.dtype, bool], Tensor] = _local.__dict__.setdefault("views", {})
@@ -33,6 +47,7 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, transposed: bool = Fa
     size = rows * columns * dtype.itemsize
     buffer = getattr(_local, "buffer", None)
     if buffer is None or buffer.numel() < size:
+        settle_allocator()
         buffer = torch.empty(size, dtype=torch.uint8)
         _local.buffer = buffer
         _buffers.add(buffer)

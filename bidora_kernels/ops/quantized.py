@@ -83,12 +83,14 @@ def stand_in(weight: Tensor) -> Tensor:
     return torch.empty(1, dtype=quantized.dtype(weight), device=weight.device).expand(quantized.shape(weight))
 
 
-@_outside_graphs
 def dequantized(weight: Tensor) -> Tensor:
     """The weight itself, or all values of a quantized one, which remember it as `dequantized_from`: what is cached follows it."""
     quantized = format_of(weight)
-    if quantized is None:
-        return weight
+    return weight if quantized is None else _all_rows(quantized, weight)
+
+
+@_outside_graphs
+def _all_rows(quantized: QuantizedFormat, weight: Tensor) -> Tensor:
     values: Any = quantized.rows(weight, 0, quantized.shape(weight)[0])
     values.dequantized_from = weight
     return values

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,39 +10,79 @@ import bidora_kernels as bk
 from bidora_kernels import native
 from bidora_kernels.ops import orthogonality
 
-from .draws import Call, draw
+from .draws import Call, compare, draw
 
 pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 OPERATIONS = ("weight_norm", "normalized_direction", "merged_weight", "orthogonality_penalty")
 
 
-def run(name: str, call: Call, backend: str, grad: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+def upstream(value: Tensor) -> Tensor:
+    """A gradient of the value, in fp64."""
+    return torch.sin(torch.arange(value.numel(), dtype=torch.float64)).reshape(value.shape) + 0.5
+
+
+def run(name: str, call: Call, backend: str) -> list[Tensor]:
     """The value and the gradients of one operation."""
     leaves = [t.detach().requires_grad_() for t in (call.lora_A, call.lora_B, call.magnitude)]
     leaves = leaves if name == "merged_weight" else leaves[:2]
     with bk.use_backend(backend):
         value = getattr(bk.functional, name)(call.weight, *leaves, call.scaling)
-        weights = torch.sin(torch.arange(value.numel(), dtype=torch.float64)).reshape(value.shape) + 0.5
-        return [value.detach(), *torch.autograd.grad(value, leaves, weights.to(value.dtype))]
+        return [value.detach(), *torch.autograd.grad(value, leaves, upstream(value).to(value.dtype))]
+
+
+def gradient_sizes(name: str, call: Call) -> list[Tensor]:
+    """For every gradient the root of the summed squares of its terms, in fp64: rounding errors are relative to it.
+
+    With u = V / ||V||, the gradient of V is c (G - (G.u) u) for the upstream gradient G of c V; its two terms cancel along u.
+    """
+    c = call.double()
+    updated = c.weight + c.scaling * (c.lora_B @ c.lora_A)
+    norm = updated.norm(dim=1, keepdim=True)
+    unit, per_row = updated / norm, c.magnitude[:, None] if name == "merged_weight" else torch.ones_like(norm)
+    turned = torch.zeros_like(norm)
+    if name == "weight_norm":
+        terms = (upstream(norm[:, 0])[:, None] * unit).square()
+        dense = terms
+    else:
+        G = upstream(updated)
+        terms = G.square()
+        # an error of G.u turns a whole row: what it adds does not average out
+        turned = per_row / norm * (terms * unit.square()).sum(1, keepdim=True).sqrt()
+        dense = (per_row / norm).square() * (terms + (G * unit).sum(1, keepdim=True).square() * unit.square())
+    to_A = c.lora_B.square().T @ (dense + (turned * unit).square())
+    to_B = dense @ c.lora_A.square().T + (turned * (unit @ c.lora_A.T)).square()
+    sizes = [c.scaling * to_A.sqrt(), c.scaling * to_B.sqrt()]
+    return [*sizes, (terms * unit.square()).sum(1).sqrt()] if name == "merged_weight" else sizes
 
 
 def check(name: str, call: Call) -> None:
     ours, reference, truth = run(name, call, "native"), run(name, call, "reference"), run(name, call.double(), "reference")
-    flat = name in ("weight_norm", "orthogonality_penalty")
-    for index, (value, own, exact) in enumerate(zip(ours, reference, truth, strict=True)):
+    for value, own in zip(ours, reference, strict=True):
         assert value.dtype == own.dtype
         assert value.shape == own.shape
-        eps = torch.finfo(value.dtype).eps
-        # in fp64 the truth is the reference, whose own error, that of sums of random terms, then reads as 0
-        of_truth = torch.finfo(torch.float64).eps * max(call.weight.shape) ** 0.5
-        rows = (-1, 1 if flat and index == 0 else max(1, exact.shape[-1] if exact.dim() > 1 else 1))
-        error, other = ((v.double() - exact).reshape(rows).norm(dim=1) for v in (value, own))
-        # a gradient's terms cancel (it has no part along V), so its rows are measured by the largest
-        size = exact.reshape(rows).norm(dim=1)
-        size = size if index == 0 else size.clamp_min(size.max() if size.numel() else 0.0)
-        other = other if index == 0 else other.clamp_min(other.max() if other.numel() else 0.0)
-        bound = 2 * (other + (2 * eps + of_truth) * size)
-        assert (error <= bound).all(), (name, index, (error / bound).max())
+    scalar_rows = name in ("weight_norm", "orthogonality_penalty")
+    assert within(call, ours[0], reference[0], truth[0], 1 if scalar_rows else max(1, truth[0].shape[-1]))
+    if name == "orthogonality_penalty":
+        # the rows of its gradients share the errors of one product: they are measured by the largest
+        for value, own, exact in zip(ours[1:], reference[1:], truth[1:], strict=True):
+            assert within(call, value, own, exact, max(1, exact.shape[-1]), by_largest=True)
+        return
+    names = ("lora_A", "lora_B", "magnitude")
+    gradients = [dict(zip(names, values[1:], strict=False)) for values in (ours, reference, truth)]
+    sizes = dict(zip(names, gradient_sizes(name, call), strict=False))
+    assert compare(*gradients, sizes, gradients[0]["lora_A"].dtype, max(call.weight.shape)) == []
+
+
+def within(call: Call, value: Tensor, own: Tensor, exact: Tensor, columns: int, by_largest: bool = False) -> bool:
+    """Whether every row is as near to the truth as twice the reference and its own rounding."""
+    eps = torch.finfo(value.dtype).eps
+    # in fp64 the truth is the reference, whose own error, that of sums of random terms, then reads as 0
+    of_truth = torch.finfo(torch.float64).eps * max(call.weight.shape) ** 0.5
+    error, other = ((v.double() - exact).reshape(-1, columns).norm(dim=1) for v in (value, own))
+    size = exact.reshape(-1, columns).norm(dim=1)
+    if by_largest and size.numel():
+        size, other = size.clamp_min(size.max()), other.clamp_min(other.max())
+    return bool((error <= 2 * (other + (2 * eps + of_truth) * size)).all())
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -75,16 +75,18 @@ def _look_for(backend: str, device_type: str) -> str | None:
 _PREFERENCE = {"cpu": ("native",), "cuda": ("triton",)}
 
 
+def _auto(device_type: str) -> str:
+    return next((known for known in _PREFERENCE.get(device_type, ()) if _missing(known, device_type) is None), "reference")
+
+
 def auto_choice(device_type: str) -> BackendChoice:
     """What `auto` takes on a device type: the first backend of its preference that can run, else the reference."""
-    reasons = []
-    for backend in _PREFERENCE.get(device_type, ()):
-        reason = _missing(backend, device_type)
-        if reason is None:
-            limit = "; layers in fp64 or with sizes that are not multiples of 8 take the reference" if backend == "triton" else ""
-            return BackendChoice(device_type, backend, f"available{limit}")
-        reasons.append(f"{backend}: {reason}")
-    return BackendChoice(device_type, "reference", "; ".join(reasons) or f"no kernels for {device_type}")
+    backend = _auto(device_type)
+    if backend == "reference":
+        reasons = [f"{known}: {_missing(known, device_type)}" for known in _PREFERENCE.get(device_type, ())]
+        return BackendChoice(device_type, backend, "; ".join(reasons) or f"no kernels for {device_type}")
+    limit = "; layers in fp64 or with sizes that are not multiples of 8 take the reference" if backend == "triton" else ""
+    return BackendChoice(device_type, backend, f"available{limit}")
 
 
 def resolve(device_type: str) -> str:
@@ -94,7 +96,7 @@ def resolve(device_type: str) -> str:
     """
     name = current_mode().backend or environment_backend()
     if name == "auto":
-        return next((known for known in _PREFERENCE.get(device_type, ()) if _missing(known, device_type) is None), "reference")
+        return _auto(device_type)
     reason = _missing(name, device_type)
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} was asked for, but {reason}")

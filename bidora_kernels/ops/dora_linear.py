@@ -8,6 +8,7 @@ is known already; then `norm_given` is known too, and not a constant.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,13 @@ def _implementation(backend: str) -> Any:
     return _triton_plan
 
 
+_NOTHING = contextlib.nullcontext()
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+
+
 def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The same values in another shape, not counted as a view: an operator's output may then be overwritten in place."""
     return tensor if tensor.shape == shape else torch.ops.aten._unsafe_view(tensor, shape)
@@ -40,20 +48,16 @@ def _planned_forward(
     out_dtype: torch.dtype, keeps: bool, backend: str, plan: str, merged: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(y, the norms, what the backward needs beyond y or None) by the plan of the backend."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _planned_forward(
-                x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, precise, product_dtype,
-                out_dtype, keeps, backend, plan, merged,
+    with _without_autocast(x.device.type):
+        if plan == "weight":
+            y, norm, kept = _triton_weight_plan.forward(
+                x, weight, lora_A, lora_B, magnitude, norm_given, bias, scaling, product_dtype, out_dtype, keeps, merged
+            )
+        else:
+            y, norm, kept = _implementation(backend).forward(
+                x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype,
+                keeps,
             )  # fmt: skip
-    if plan == "weight":
-        y, norm, kept = _triton_weight_plan.forward(
-            x, weight, lora_A, lora_B, magnitude, norm_given, bias, scaling, product_dtype, out_dtype, keeps, merged
-        )
-    else:
-        y, norm, kept = _implementation(backend).forward(
-            x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype, keeps
-        )
     if norm is None:
         raise RuntimeError("a merged weight came without its norms")
     return _shaped(y, (*x.shape[:-1], weight.shape[0])), norm, kept
@@ -105,23 +109,18 @@ def _planned_backward(
     plan: str, merged: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of x, x_dropped, lora_A, lora_B and magnitude in their dtypes and shapes, None for what is not needed."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _planned_backward(
-                grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
-                needs_direction, needs_magnitude, differentiate_norm, product_dtype, backend, plan, merged,
-            )  # fmt: skip
     grad_output, kept = library.flatten(grad_output), None if kept is None else library.flatten(kept)
-    if plan == "weight":
-        grads = _triton_weight_plan.backward(
-            grad_output, x, weight, lora_A, lora_B, magnitude, norm, kept, scaling, needs_x, needs_direction,
-            needs_magnitude, differentiate_norm, product_dtype, merged,
-        )  # fmt: skip
-    else:
-        grads = _implementation(backend).backward(
-            grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
-            needs_direction, needs_magnitude, differentiate_norm, product_dtype,
-        )  # fmt: skip
+    with _without_autocast(x.device.type):
+        if plan == "weight":
+            grads = _triton_weight_plan.backward(
+                grad_output, x, weight, lora_A, lora_B, magnitude, norm, kept, scaling, needs_x, needs_direction,
+                needs_magnitude, differentiate_norm, product_dtype, merged,
+            )  # fmt: skip
+        else:
+            grads = _implementation(backend).backward(
+                grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
+                needs_direction, needs_magnitude, differentiate_norm, product_dtype,
+            )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
     return tuple(
         None if grad is None else _shaped(grad.to(target.dtype), target.shape) for grad, target in zip(grads, like, strict=True)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import NORM_FLOOR, dot, updated_tile
-from ._launch import cdiv, precision, rows, run, splits_for, tile
+from ._launch import cdiv, padded_ranks, precision, rows, run, splits_for, tile
 from .reduce_partials import Segment, launch_reduce_partials
 
 
@@ -133,7 +133,8 @@ def launch_row_projection(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (grad @ lora_A^T [out, r], V @ lora_A^T [out, r], sum(grad * V) per row [out]), all fp32."""
     out_features, in_features = weight.shape
-    lora_A, lora_B, grad = rows(lora_A), rows(lora_B), rows(grad)
+    ranks, grad = lora_A.shape[0], rows(grad)
+    lora_A, lora_B = padded_ranks(rows(lora_A), rows(lora_B))
     r = lora_A.shape[0]
     options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     grad_projection, projection = torch.empty(out_features, r, **options), torch.empty(out_features, r, **options)
@@ -147,7 +148,7 @@ def launch_row_projection(
             *weight.stride(), lora_A.stride(0), lora_B.stride(0), grad.stride(0),
             RANK_CHUNKS=chunks, PRECISION=precision(lora_A, lora_B, grad), **chosen,
         )  # fmt: skip
-    return grad_projection, projection, product
+    return grad_projection[:, :ranks], projection[:, :ranks], product
 
 
 def inverse_norms(norm: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import dot, updated_tile
-from ._launch import cdiv, precision, rows, run, tile
+from ._launch import cdiv, padded_ranks, precision, rows, run, tile
 
 CANCELLATION = 1e-2
 _CANCELLATION = tl.constexpr(CANCELLATION)
@@ -102,13 +102,14 @@ def _weight_norm_factors_kernel(
 def launch_weight_norm_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return (n [out], U = weight @ lora_A^T [out, r], P = V @ lora_A^T [out, r]), all fp32."""
     out_features, in_features = weight.shape
-    lora_A, lora_B = rows(lora_A), rows(lora_B)
+    ranks = lora_A.shape[0]
+    lora_A, lora_B = padded_ranks(rows(lora_A), rows(lora_B))
     r = lora_A.shape[0]
     options: dict[str, Any] = {"dtype": torch.float32, "device": weight.device}
     norm, weight_sq = torch.empty(out_features, **options), torch.empty(out_features, **options)
     weight_projection, projection = torch.empty(out_features, r, **options), torch.empty(out_features, r, **options)
     if out_features == 0:
-        return norm, weight_projection, projection
+        return norm, weight_projection[:, :ranks], projection[:, :ranks]
     double = lora_A.double()  # a library product in fp32 may be allowed to run in tf32
     gram = (double @ double.t()).float()
     chosen = tile("weight_norm_factors", r, weight, lora_A)
@@ -125,4 +126,4 @@ def launch_weight_norm_factors(weight: Tensor, lora_A: Tensor, lora_B: Tensor, s
         out_features, in_features, r, float(scaling), *weight.stride(), lora_A.stride(0), lora_B.stride(0),
         RANK_CHUNKS=cdiv(r, tail["BLOCK_R"]), PRECISION=precision(gram), **tail,
     )  # fmt: skip
-    return norm, weight_projection, projection
+    return norm, weight_projection[:, :ranks], projection[:, :ranks]

@@ -18,6 +18,8 @@ from .peers import BACKENDS, backend_context, need_backend, ours
 from .timing import Candidate
 
 SCALING = 2.0
+COPY_TO_NEW = "copy into a new tensor"
+NATIVE_INTO_KEPT = f"{ours('native')}, into kept memory"
 
 
 def bytes_counted(case: OperationCase) -> int:
@@ -172,8 +174,12 @@ def _candidate(
     return Candidate(name, calls, verify, around)
 
 
-def _copy(operands: Operands) -> Candidate:
+def _copy(operands: Operands, kept: bool = True) -> Candidate:
+    """A copy of as many bytes as the operation has to move, into memory that is kept or, as functions return it, new."""
     size = max(1, bytes_counted(operands.case) // 2)
+    if not kept:
+        sources = [torch.ones(size, dtype=torch.uint8, device=operands.device) for _ in operands.sets]
+        return Candidate(COPY_TO_NEW, [source.clone for source in sources], dict, torch.no_grad)
     pairs = [
         (
             torch.ones(size, dtype=torch.uint8, device=operands.device),
@@ -194,6 +200,22 @@ def _bidora(operands: Operands, backend: str) -> Candidate:
     return _candidate(ours(backend), operands, call, functools.partial(backend_context, backend, no_grad=True))
 
 
+def _native_into_kept(operands: Operands) -> Candidate:
+    """merged_weight as a layer's weight plan calls it in each pass: into memory that it has written before."""
+    need_backend("native", operands.device)
+    first = operands.sets[0]["weight"]
+    norm, merged = first.new_empty(first.shape[0], dtype=torch.float32), torch.empty_like(first)
+
+    def call(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        from bidora_kernels import native
+
+        lora_A, lora_B, magnitude = values["lora_A"], values["lora_B"], values["magnitude"]
+        native.merged_weight(values["weight"], lora_A, lora_B, magnitude, SCALING, norm, merged)
+        return {"merged": merged}
+
+    return _candidate(NATIVE_INTO_KEPT, operands, call, functools.partial(backend_context, "native", no_grad=True))
+
+
 def operation_providers(case: OperationCase) -> dict[str, Callable[[Operands], Candidate]]:
     """Every provider of an operation by name, the copy first."""
     found: dict[str, Callable[[Operands], Candidate]] = {"copy of the same bytes": _copy}
@@ -201,4 +223,7 @@ def operation_providers(case: OperationCase) -> dict[str, Callable[[Operands], C
     backends = ("triton",) if case.operation.startswith("compose") else tuple(b for b in BACKENDS if b != "reference")
     for backend in backends:
         found[ours(backend)] = functools.partial(_bidora, backend=backend)
+    if case.operation == "merged_weight":
+        found[COPY_TO_NEW] = functools.partial(_copy, kept=False)
+        found[NATIVE_INTO_KEPT] = _native_into_kept
     return found

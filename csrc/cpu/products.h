@@ -19,6 +19,7 @@ BIDORA_INLINE void panel_product(
       acc[i][1] = load(in[i] + kLanes<T>) * in_scale[i];
     }
   }
+#pragma GCC unroll 2  // one step alone is bound by the loop's own instructions
   for (int64_t j = 0; j < depth; ++j) {
     Vector<T> r0 = load(right + j * right_stride), r1 = load(right + j * right_stride + kLanes<T>);
     for (int i = 0; i < ROWS; ++i) {

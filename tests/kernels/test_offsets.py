@@ -15,18 +15,9 @@ from bidora_kernels.kernels.merged_weight import launch_merged_weight
 from bidora_kernels.kernels.weight_norm import launch_weight_norm
 from bidora_kernels.kernels.weight_norm_factors import launch_weight_norm_factors
 
+from ..sparse import far_rows
 from .comparison import make_layer
 from .compose_cases import make_case
-
-
-def far(values: Tensor, stride: int, path: Path) -> Tensor:
-    """The same rows, `stride` elements apart."""
-    rows, columns = values.shape
-    storage = torch.from_file(str(path), shared=True, size=(rows - 1) * stride + columns, dtype=values.dtype)
-    result = storage.as_strided((rows, columns), (stride, 1))
-    result.copy_(values)
-    assert (rows - 1) * stride > 2**31
-    return result
 
 
 @pytest.mark.parametrize("name", ["weight_norm", "merged_weight", "weight_norm_factors", "down_gradient", "row_projection"])
@@ -46,7 +37,7 @@ def test_rows_of_a_weight(name: str, tmp_path: Path) -> None:
         return (launch_down_gradient(weight, *adapter, 1.3, layer.lora_B.float(), grad, layer.magnitude),)
 
     stride = 2**29 + 8
-    found = results(far(layer.weight, stride, tmp_path / "weight"), far(grad, stride, tmp_path / "grad"))
+    found = results(far_rows(layer.weight, stride, tmp_path / "weight"), far_rows(grad, stride, tmp_path / "grad"))
     for got, want in zip(found, results(layer.weight, grad), strict=True):
         assert torch.equal(got, want)
 
@@ -54,7 +45,7 @@ def test_rows_of_a_weight(name: str, tmp_path: Path) -> None:
 def test_tokens_of_an_activation(tmp_path: Path) -> None:
     """Two tiles of 64 tokens: the offset of the second one needs 64 bits."""
     case, stride = make_case(70, 40, 3, torch.bfloat16), 2**25
-    base, grad = far(case.base, stride, tmp_path / "base"), far(case.grad_output, stride, tmp_path / "grad")
+    base, grad = far_rows(case.base, stride, tmp_path / "base"), far_rows(case.grad_output, stride, tmp_path / "grad")
     scale = case.magnitude / case.norm.clamp_min(1e-3)
     expected = launch_compose(case.base, case.hidden, case.lora_B, scale, 0.8, case.bias)
     near, distant = (

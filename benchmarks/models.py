@@ -176,6 +176,27 @@ def frozen_model(bench: Workbench) -> tuple[Model, Parts]:
     return model, {}
 
 
+def outputs_not_kept(bench: Workbench) -> int:
+    """Bytes of the adapted layers' outputs that the frozen model does not keep for its own backward pass.
+
+    The magnitude's gradient needs every adapted layer's output: these are the ones that it alone keeps.
+    """
+    model, _ = frozen_model(bench)
+    outputs: list[Tensor] = []  # held, so that no other tensor takes their place
+    kept: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    for name in bench.values:
+        model.get_submodule(name).register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = bench.loss(model, bench.batches[0])
+    del loss
+    return sum(output.nbytes for output in outputs if output.untyped_storage().data_ptr() not in kept)
+
+
 def peft_model(bench: Workbench, dora: bool, fp32: bool = False) -> tuple[Model, Parts]:
     """The model under PEFT, with the adapter values; adapters in the weights' dtype, or in fp32."""
     need_package("peft")

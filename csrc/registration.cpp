@@ -166,13 +166,14 @@ int64_t adapter_gradients_of(
     flags = static_cast<bool*>(doubtful->mutable_data_ptr());
   }
   if (direction) args.x = matrix(x, "x", tokens, in);
-  auto scale = [&](int64_t i) { return norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1); };
+  auto scale = buffer<T>(std::max<int64_t>(1, n));
+  for (int64_t i = 0; i < n; ++i) scale[i] = norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1);
   const int64_t padded_in = panel_count<T>(in) * k.panel, padded_out = panel_count<T>(n) * k.panel;
   std::unique_ptr<T[]> scaled_B, padded_bias;
   if (direction) {
     scaled_B = buffer<T>(std::max<int64_t>(1, r * n));
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < r; ++j) scaled_B[j * n + i] = scale(i) * b[i * r + j];
+      for (int64_t j = 0; j < r; ++j) scaled_B[j * n + i] = scale[i] * b[i * r + j];
     args.scaled_B = scaled_B.get();
   }
   if (offset != nullptr) {
@@ -203,7 +204,7 @@ int64_t adapter_gradients_of(
       for (int64_t c = 0; c < in; ++c) to_A[j * in + c] = T(scaling) * sums[j * padded_in + c];
     sums += r * padded_in;
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < r; ++j) to_B[i * r + j] = T(scaling) * scale(i) * sums[j * padded_out + i];
+      for (int64_t j = 0; j < r; ++j) to_B[i * r + j] = T(scaling) * scale[i] * sums[j * padded_out + i];
     sums += r * padded_out;
   }
   const T *grad_scale_sum = sums, *square_sum = sums + padded_out;

@@ -24,7 +24,7 @@ class BilevelPreset:
 
 _PRESETS = {
     # what the library recommends: one difference pass per upper step. After the first step, horizon 5 was nearer to ten real
-    # lower steps than the first-order gradient in five of six draws, and 5 % farther in the sixth (benchmarks/BILEVEL.md)
+    # lower steps than the first-order gradient in seven of eight draws, and 5 % farther in the eighth (benchmarks/BILEVEL.md)
     "balanced": BilevelPreset({"estimator": Sama(horizon=5), "upper_every": 2}, 0.25, "search"),
     # the same without the second-order term and its pass
     "first-order": BilevelPreset({"estimator": FirstOrder(), "upper_every": 2}, 0.25, "search"),

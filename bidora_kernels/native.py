@@ -32,6 +32,11 @@ def why_unavailable() -> str | None:
     return None
 
 
+def instruction_set() -> str | None:
+    """Whose kernels run here: "avx512", "avx2" or "baseline" (what every machine of its kind has); None without the library."""
+    return None if why_unavailable() else torch.ops.bidora_native.instruction_set()
+
+
 def _stored(weight: Tensor) -> Tensor:
     """The weight where the kernels can read it in place (rows or columns contiguous), else a contiguous copy."""
     rows, columns = weight.stride()

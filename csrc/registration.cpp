@@ -8,6 +8,7 @@
 #include <cmath>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "cpu/kernels.h"
 
@@ -358,10 +359,13 @@ void few_tokens(
   run(x, weight, lora_A, lora_B, scale, bias, scaling, out);
 }
 
+std::string kernels_instruction_set() { return instruction_set(); }
+
 }  // namespace
 }  // namespace bidora
 
 STABLE_TORCH_LIBRARY(bidora_native, m) {
+  m.def("instruction_set() -> str");
   m.def("weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor(a!) norm) -> ()");
   m.def(
       "merged_weight(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude, float scaling, Tensor(a!) norm, "
@@ -379,6 +383,10 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
   m.def(
       "few_tokens(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scale, Tensor? bias, float scaling, "
       "Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bidora_native, CompositeExplicitAutograd, m) {  // no tensor says which device
+  m.impl("instruction_set", TORCH_BOX(&bidora::kernels_instruction_set));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bidora_native, CPU, m) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from bidora_kernels import native
 
 LIBRARY = Path(bidora_kernels.__file__).parent / "_native.so"
 HERE = native.why_unavailable() is None
+ARM64_COMPILER = "aarch64-linux-gnu-g++"
 # the torch symbols of the 2.10 stable ABI that the library imports, beside aoti_torch_dtype_<name>
 ABI_2_10 = {
     "aoti_torch_abi_version", "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object",
@@ -23,7 +25,7 @@ ABI_2_10 = {
     "aoti_torch_get_numel", "aoti_torch_get_size", "aoti_torch_get_stride", "aoti_torch_is_contiguous", "aoti_torch_library_def",
     "aoti_torch_library_init_def", "aoti_torch_library_init_impl", "aoti_torch_new_tensor_handle", "torch_call_dispatcher",
     "torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "torch_get_num_threads", "torch_library_impl",
-    "torch_parallel_for",
+    "torch_new_string_handle", "torch_parallel_for",
 }  # fmt: skip
 
 
@@ -77,6 +79,32 @@ def test_wide_instructions_stay_in_their_own_functions() -> None:
                 outside.add(name)
     assert wide > 1000, "the check would pass on a library without wide kernels"
     assert outside == set()
+
+
+@pytest.mark.skipif(not HERE, reason="no library")
+def test_the_widest_set_that_the_machine_has_is_taken() -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        assert native.instruction_set() == "baseline"
+        return
+    if not Path("/proc/cpuinfo").exists():
+        pytest.skip("the system does not list what the processor has")
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    has = set(flags.group(1).split()) if flags else set()
+    levels = {"avx2": {"avx2", "fma"}, "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"}}
+    assert native.instruction_set() == ["baseline", *(name for name, needs in levels.items() if needs <= has)][-1]
+
+
+@pytest.mark.skipif(shutil.which(ARM64_COMPILER) is None, reason=f"there is no {ARM64_COMPILER}")
+def test_the_baseline_kernels_become_neon(tmp_path: Path) -> None:
+    """The sums of both dtypes, compiled for arm64 without a warning, are fused multiply-adds of whole NEON vectors."""
+    source = Path(__file__).resolve().parents[1] / "csrc/cpu/table.cpp"
+    out = tmp_path / "table.s"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi", "-Werror"]
+    flags += ["-DBIDORA_ISA=baseline", "-DBIDORA_VECTOR_BYTES=16"]
+    subprocess.run([ARM64_COMPILER, *flags, "-S", str(source), "-o", str(out)], check=True)
+    text = out.read_text()
+    for width in ("4s", "2d"):
+        assert len(re.findall(rf"\bfmla\s+v\d+\.{width}", text)) > 100
 
 
 @pytest.mark.skipif(not HERE, reason="no library")

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from typing import Any
 
+from .. import native
 from ..ops._backend import BACKENDS, backends, environment_backend
 from . import UserError
 from .presets import MINILM
@@ -39,6 +40,7 @@ def diagnose() -> dict[str, Any]:
         "commit": source_commit(),
         "backend": backend,
         "backends": {device: {"backend": choice.backend, "reason": choice.reason} for device, choice in backends().items()},
+        "instruction_set": native.instruction_set(),
         "missing": {extra: modules for extra, modules in missing.items() if modules},
         "demo_packages": {package: _installed(module) for package, module in _DATA.items()},
         "compiler": shutil.which("c++"),
@@ -55,6 +57,7 @@ def diagnosis_lines(diagnosis: dict[str, Any]) -> list[str]:
     lines += [f"commit: {diagnosis['commit']}"] if diagnosis["commit"] else []
     lines += [f"backend asked for: {diagnosis['backend']} (BIDORA_BACKEND: one of {', '.join(BACKENDS)})"]
     lines += [f"auto on {device}: {choice['backend']} ({choice['reason']})" for device, choice in diagnosis["backends"].items()]
+    lines += [f"native kernels: {diagnosis['instruction_set']}"] if diagnosis["instruction_set"] else []
     for extra, modules in diagnosis["missing"].items():
         lines.append(f'missing: {", ".join(modules)}; pip install "bidora-kernels[{extra}]"')
     for package, there in diagnosis["demo_packages"].items():

@@ -113,6 +113,6 @@ struct Kernels {
 
 template <typename T>
 const Kernels<T>& kernels();  // the widest instruction set that this machine has
-const char* instruction_set();
+const char* instruction_set();  // its name
 
 }  // namespace bidora

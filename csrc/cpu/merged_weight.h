@@ -6,6 +6,7 @@
 namespace bidora {
 namespace BIDORA_ISA {
 
+constexpr int64_t kAhead = 16;  // panels between a request for memory and its use
 constexpr int64_t kFlush = 32;  // panels summed in T before the sum moves to double
 
 template <typename T>
@@ -24,6 +25,8 @@ BIDORA_INLINE void each_panel(
   int64_t full = a.in_features / kPanel<T>, rest = a.in_features % kPanel<T>;
   for (int64_t p = 0; p < full; ++p) {
     for (int i = 0; i < ROWS; ++i) at[i] = in[i] + p * kPanel<T>;
+    // memory and arithmetic overlap badly without it: four rows are too many streams for the processor to foresee
+    for (int i = 0; i < ROWS; ++i) __builtin_prefetch(at[i] + kAhead * kPanel<T>);
     panel_product<T, ROWS>(at, in_scale, left, left_stride, a.panels + p * a.r * kPanel<T>, kPanel<T>, a.r, acc);
     use(p, acc);
   }

@@ -46,12 +46,12 @@ def gates(case: Case, times: Times) -> Iterator[Gate]:
         yield "ours / PEFT LoRA", ratio(ours, times[LORA]), 1.0
         yield "ours / nn.Linear", ratio(ours, floor), None
     else:
-        least = 1 / 0.70 if case.r <= 8 else None  # of the copy's bandwidth; at higher ranks arithmetic takes over
+        most = 1 / 0.70 if case.r <= 8 else None  # of the copy's bandwidth; at higher ranks arithmetic takes over
         if NATIVE_INTO_KEPT in times:
-            yield "into kept memory / copy of the same bytes", ratio(times[NATIVE_INTO_KEPT], floor), least
-            yield "ours / copy into a new tensor", ratio(ours, times[COPY_TO_NEW]), least
+            yield "into kept memory / copy of the same bytes", ratio(times[NATIVE_INTO_KEPT], floor), most
+            yield "ours / copy into a new tensor", ratio(ours, times[COPY_TO_NEW]), most
         else:
-            yield "ours / copy of the same bytes", ratio(ours, floor), least
+            yield "ours / copy of the same bytes", ratio(ours, floor), most
 
 
 def memory_gate(case: StepCase, entries: dict[str, Any]) -> str:
@@ -72,7 +72,7 @@ def memory_gate(case: StepCase, entries: dict[str, Any]) -> str:
 
 
 def cases(part: str, rounds: int = 20) -> list[Case]:
-    """The cases of one part of the gates."""
+    """The cases of one part of the gates. Raises ValueError for a name that is not in `PARTS`."""
     found: list[Case]
     if part in ("step", "deep"):
         found = [
@@ -82,13 +82,15 @@ def cases(part: str, rounds: int = 20) -> list[Case]:
         ]
     elif part == "decode":
         found = [layer_case("llama-2-7b", "q_proj", tokens, 16, "fp32", DecodeCase) for tokens in (1, 8, 128)]
-    else:
+    elif part == "operations":
         # without plain PyTorch: the 128 MiB it writes would leave the cache while the next provider is timed
         found = [
             OperationCase(operation=name, r=r, without=("PyTorch",))
             for name in ("weight_norm", "merged_weight")
             for r in (1, 8, 64)
         ]
+    else:
+        raise ValueError(f"PART must be one of {', '.join(PARTS)}, got {part!r}")
     return [
         dataclasses.replace(case, min_rounds=rounds, max_rounds=rounds, without=(*REFERENCE, *case.without)) for case in found
     ]
@@ -101,12 +103,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains it")
     arguments = parser.parse_args()
-    for part in arguments.parts:
-        if part not in PARTS:
-            parser.error(f"PART must be one of {', '.join(PARTS)}, got {part!r}")
-    chosen = [
-        case for part in arguments.parts or PARTS[:3] for case in cases(part, arguments.rounds) if arguments.only in case.id
-    ]
+    try:
+        found = [case for part in arguments.parts or PARTS[:3] for case in cases(part, arguments.rounds)]
+    except ValueError as error:
+        parser.error(str(error))
+    chosen = [case for case in found if arguments.only in case.id]
     for case in chosen:
         ready, entries = prepare(case, "cpu", print)
         times = measure(ready, "cpu", case.min_rounds, case.max_rounds, case.seconds)

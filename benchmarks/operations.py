@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bidora_kernels as bk
+from bidora_kernels import native
 
 from . import machine, oracle
 from .cases import DTYPES, OperationCase
@@ -174,20 +175,18 @@ def _candidate(
     return Candidate(name, calls, verify, around)
 
 
-def _copy(operands: Operands, kept: bool = True) -> Candidate:
-    """A copy of as many bytes as the operation has to move, into memory that is kept or, as functions return it, new."""
+def _sources(operands: Operands) -> list[Tensor]:
+    """For every set of inputs half as many bytes as the operation has to move: a copy reads and writes them."""
     size = max(1, bytes_counted(operands.case) // 2)
-    if not kept:
-        sources = [torch.ones(size, dtype=torch.uint8, device=operands.device) for _ in operands.sets]
-        return Candidate(COPY_TO_NEW, [source.clone for source in sources], dict, torch.no_grad)
-    pairs = [
-        (
-            torch.ones(size, dtype=torch.uint8, device=operands.device),
-            torch.empty(size, dtype=torch.uint8, device=operands.device),
-        )
-        for _ in operands.sets
-    ]
-    calls = [functools.partial(target.copy_, source) for source, target in pairs]
+    return [torch.ones(size, dtype=torch.uint8, device=operands.device) for _ in operands.sets]
+
+
+def _copy_to_new(operands: Operands) -> Candidate:
+    return Candidate(COPY_TO_NEW, [source.clone for source in _sources(operands)], dict, torch.no_grad)
+
+
+def _copy(operands: Operands) -> Candidate:
+    calls = [functools.partial(torch.empty_like(source).copy_, source) for source in _sources(operands)]
     return Candidate("copy of the same bytes", calls, dict, torch.no_grad)
 
 
@@ -207,8 +206,6 @@ def _native_into_kept(operands: Operands) -> Candidate:
     norm, merged = first.new_empty(first.shape[0], dtype=torch.float32), torch.empty_like(first)
 
     def call(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        from bidora_kernels import native
-
         lora_A, lora_B, magnitude = values["lora_A"], values["lora_B"], values["magnitude"]
         native.merged_weight(values["weight"], lora_A, lora_B, magnitude, SCALING, norm, merged)
         return {"merged": merged}
@@ -224,6 +221,6 @@ def operation_providers(case: OperationCase) -> dict[str, Callable[[Operands], C
     for backend in backends:
         found[ours(backend)] = functools.partial(_bidora, backend=backend)
     if case.operation == "merged_weight":
-        found[COPY_TO_NEW] = functools.partial(_copy, kept=False)
+        found[COPY_TO_NEW] = _copy_to_new
         found[NATIVE_INTO_KEPT] = _native_into_kept
     return found

@@ -120,15 +120,6 @@ def _weight_gram(weight: Tensor) -> Tensor:
     return gram
 
 
-def _row_squares(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, gram: Tensor, backend: str) -> Tensor:
-    """||V||^2 per row. A library's product rounds the sums of squares on its diagonal, all of one sign, to one side."""
-    if backend == "native":
-        from .. import native
-
-        return native.weight_norm(weight, lora_A.contiguous(), lora_B.contiguous(), scaling).square()
-    return gram.diagonal().clone()
-
-
 def _forward(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, needs_gradients: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,11 +139,11 @@ def _forward(
         left = torch.cat([projection, B], 1)
         projection = torch.addmm(projection, B, A @ A.t(), alpha=scaling)
         gram = torch.addmm(weight_gram, left, torch.cat([B, projection], 1).t(), alpha=scaling)
-        square = _row_squares(weight, A, B, scaling, gram, backend)
+        # not the diagonal of gram: a library's product rounds those sums, all of one sign, to one side
+        square = weight_norm(weight, lora_A, lora_B, scaling, backend).square()
         if bool((square < _CANCELLED * weight_gram.diagonal()).any()):
             updated = reference.direction(weight, lora_A, lora_B, scaling)
             gram, projection = updated @ updated.t(), updated @ A.t()
-            square = _row_squares(weight, A, B, scaling, gram, backend)
         kept = square >= reference.NORM_FLOOR**2
         inverse = torch.where(kept, torch.where(kept, square, 1.0).rsqrt(), 0.0)
         unit = gram.mul_(inverse[:, None]).mul_(inverse)

@@ -49,6 +49,9 @@ CHEAPER = {
     "Sama, horizon 1, validation 1/16": ("Sama, horizon 1", 0.0625, 1.0),
     "Sama, horizon 1, difference 1/2": ("Sama, horizon 1", 1.0, 0.5),
     "Sama, horizon 1, difference 1/4": ("Sama, horizon 1", 1.0, 0.25),
+    "Sama, horizon 5, max_ratio 1, difference 1/2": ("Sama, horizon 5, max_ratio 1", 1.0, 0.5),
+    "Sama, horizon 5, max_ratio 1, validation 1/4": ("Sama, horizon 5, max_ratio 1", 0.25, 1.0),
+    "Sama, horizon 5, max_ratio 1, validation 1/4, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.25, 0.5),
 }
 
 

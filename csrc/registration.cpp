@@ -99,7 +99,7 @@ void weight_pass(
     auto panels = buffer<T>(std::max<int64_t>(1, panel_count<T>(in) * k.panel * r));
     k.pack_panels(a, in, 1, r, in, T(scaling), panels.get());
     args.panels = panels.get(), args.left = b;
-    const int64_t scratch = 8 * panel_count<T>(in) * k.panel + 4 * r + 1;
+    const int64_t scratch = out.has_value() ? 8 * panel_count<T>(in) * k.panel + 4 * r : 128 * k.panel;
     const int64_t groups = (n + 3) / 4;
     torch::stable::parallel_for(0, groups, grain(4 * in * (r + 2)), [&](int64_t begin, int64_t end) {
       auto own = buffer<T>(scratch);

@@ -97,7 +97,7 @@ struct Kernels {
   int64_t panel;  // columns in one panel
   // panels[p][j][c] = scale * matrix[j * row_stride + (p * panel + c) * column_stride], zero beyond `columns`
   void (*pack_panels)(const T* matrix, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns, T scale, T* panels);
-  // rows [begin, end); scratch: 8 * padded(in_features) + 4 * r elements
+  // rows [begin, end); scratch: 8 * padded(in_features) + 4 * r elements, or for norms alone 128 * panel
   void (*weight_rows)(const WeightArgs<T>&, int64_t begin, int64_t end, T* scratch);
   // panels of output features [begin, end); scratch: (in_features + 8) * panel elements
   void (*weight_columns)(const WeightArgs<T>&, int64_t begin, int64_t end, T* scratch);

@@ -48,10 +48,7 @@ static void weight_row_group(const WeightArgs<T>& a, int64_t row, T* scratch) {
   const T* in[ROWS];
   T in_scale[ROWS], scale[ROWS];
   const T* left = a.left + row * a.r;
-  for (int i = 0; i < ROWS; ++i) {
-    in[i] = row_as(a.weight, row + i, a.in_features, converted + i * padded);
-    in_scale[i] = T(1);
-  }
+  for (int i = 0; i < ROWS; ++i) in[i] = row_as(a.weight, row + i, a.in_features, converted + i * padded);
   if (a.norm_known) {
     for (int i = 0; i < ROWS; ++i) {
       scale[i] = scale_of(a, row + i);
@@ -82,13 +79,10 @@ static void weight_row_group(const WeightArgs<T>& a, int64_t row, T* scratch) {
   }
   Vector<T> sums[ROWS] = {};
   double total[ROWS] = {};
-  const bool keep = a.out.data != nullptr;
-  each_panel<T, ROWS>(a, in, in_scale, left, a.r, [&](int64_t p, Vector<T>(&acc)[ROWS][2]) {
+  each_panel<T, ROWS>(a, in, nullptr, left, a.r, [&](int64_t p, Vector<T>(&acc)[ROWS][2]) {
     for (int i = 0; i < ROWS; ++i) {
-      if (keep) {
-        store(updated + i * padded + p * kPanel<T>, acc[i][0]);
-        store(updated + i * padded + p * kPanel<T> + kLanes<T>, acc[i][1]);
-      }
+      store(updated + i * padded + p * kPanel<T>, acc[i][0]);
+      store(updated + i * padded + p * kPanel<T> + kLanes<T>, acc[i][1]);
       sums[i] += acc[i][0] * acc[i][0];
       sums[i] += acc[i][1] * acc[i][1];
       if ((p + 1) % kFlush == 0) {
@@ -99,7 +93,6 @@ static void weight_row_group(const WeightArgs<T>& a, int64_t row, T* scratch) {
   });
   for (int i = 0; i < ROWS; ++i) {
     a.norm[row + i] = T(__builtin_sqrt(total[i] + lane_sum<T>(sums[i])));
-    if (!keep) continue;
     T c = scale_of(a, row + i);
     T* v = updated + i * padded;
     if (a.out.dtype == kOwnDtype<T>) {
@@ -112,8 +105,72 @@ static void weight_row_group(const WeightArgs<T>& a, int64_t row, T* scratch) {
   }
 }
 
+// The squares of one block of columns, panels [first, last), of ROWS rows of V, added to `total`. The weight is read in place where
+// it holds T and full panels, else from a copy. `next`: the memory that these rows' successors begin with.
+template <typename T, int ROWS>
+static void block_squares(
+    const WeightArgs<T>& a, int64_t row, int64_t first, int64_t last, const char* next, T* converted, double* total) {
+  const int64_t count = last - first, width = count * kPanel<T>, rest = a.in_features - first * kPanel<T>;
+  const bool in_place = a.weight.dtype == kOwnDtype<T> && rest >= width;
+  const T *in[ROWS], *at[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    in[i] = static_cast<const T*>(a.weight.data) + (row + i) * a.weight.stride + first * kPanel<T>;
+    if (in_place) continue;
+    T* copy = converted + i * width;
+    read_row(a.weight, row + i, first * kPanel<T>, rest < width ? rest : width, copy);
+    for (int64_t c = rest; c < width; ++c) copy[c] = T(0);
+    in[i] = copy;
+  }
+  // memory is requested kAhead panels ahead, beyond panel `turn` in what comes next; where these are copies only that is
+  const int64_t stride = a.weight.stride * bytes_of(a.weight.dtype), panel_bytes = kPanel<T> * bytes_of(a.weight.dtype);
+  const int64_t turn = in_place && count > kAhead ? count - kAhead : 0;
+  const char *here = reinterpret_cast<const char*>(in[0] + kAhead * kPanel<T>), *then = next - turn * panel_bytes;
+  const T* left = a.left + row * a.r;
+  Vector<T> acc[ROWS][2], sums[ROWS] = {};
+  for (int64_t p = 0; p < count; ++p) {
+    const char* ahead = p < turn ? here : then;
+    for (int i = 0; i < ROWS; ++i) {
+      at[i] = in[i] + p * kPanel<T>;
+      __builtin_prefetch(ahead + i * stride + p * panel_bytes);
+    }
+    panel_product<T, ROWS>(at, nullptr, left, a.r, a.panels + (first + p) * a.r * kPanel<T>, kPanel<T>, a.r, acc);
+    for (int i = 0; i < ROWS; ++i) {
+      sums[i] += acc[i][0] * acc[i][0];
+      sums[i] += acc[i][1] * acc[i][1];
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) total[i] += lane_sum<T>(sums[i]);
+}
+
+// Norms alone: 16 rows share a block of columns, whose right factor then stays in the L1 cache. Four rows at a time would fetch all
+// of it from the L2 cache for every four rows, which is as well only where all of it fits.
+template <typename T>
+static void norm_rows(const WeightArgs<T>& a, int64_t begin, int64_t end, T* converted) {
+  constexpr int64_t kMost = 16, kFits = 16 << 10;  // rows; bytes
+  const int64_t panels = panels_of<T>(a.in_features);
+  const int64_t together = panels * kPanel<T> * a.r * int64_t(sizeof(T)) <= kFits ? 4 : kMost;
+  for (int64_t start = begin; start < end; start += together) {
+    const int64_t stop = end - start < together ? end : start + together;
+    double total[kMost] = {};
+    for (int64_t first = 0; first < panels; first += kFlush) {
+      const int64_t last = panels - first < kFlush ? panels : first + kFlush;
+      int64_t row = start;
+      auto next = [&](int64_t count) {  // after these rows: the rows below, at the end the first ones' next block or other rows
+        const bool below = row + count < stop, end_of_rows = !below && last == panels;
+        const int64_t next_row = below || end_of_rows ? row + count : start, column = (below ? first : last) * kPanel<T>;
+        const int64_t offset = next_row * a.weight.stride + (end_of_rows ? 0 : column);
+        return static_cast<const char*>(a.weight.data) + offset * bytes_of(a.weight.dtype);
+      };
+      for (; row + 4 <= stop; row += 4) block_squares<T, 4>(a, row, first, last, next(4), converted, total + row - start);
+      for (; row < stop; ++row) block_squares<T, 1>(a, row, first, last, next(1), converted, total + row - start);
+    }
+    for (int64_t row = start; row < stop; ++row) a.norm[row] = T(__builtin_sqrt(total[row - start]));
+  }
+}
+
 template <typename T>
 static void weight_rows(const WeightArgs<T>& a, int64_t begin, int64_t end, T* scratch) {
+  if (a.out.data == nullptr) return norm_rows(a, begin, end, scratch);
   int64_t row = begin;
   for (; row + 4 <= end; row += 4) weight_row_group<T, 4>(a, row, scratch);
   for (; row < end; ++row) weight_row_group<T, 1>(a, row, scratch);

@@ -7,6 +7,7 @@ namespace bidora {
 namespace BIDORA_ISA {
 
 // acc[i][:] = in_scale[i] * in[i][:] + sum_j left[i * left_stride + j] * right[j * right_stride + :]   over one panel of columns
+// (in == nullptr: without the first term; in_scale == nullptr: ones)
 template <typename T, int ROWS>
 BIDORA_INLINE void panel_product(
     const T* const* in, const T* in_scale, const T* left, int64_t left_stride, const T* right, int64_t right_stride, int64_t depth,
@@ -14,6 +15,9 @@ BIDORA_INLINE void panel_product(
   for (int i = 0; i < ROWS; ++i) {
     if (in == nullptr) {
       acc[i][0] = acc[i][1] = Vector<T>{};
+    } else if (in_scale == nullptr) {
+      acc[i][0] = load(in[i]);
+      acc[i][1] = load(in[i] + kLanes<T>);
     } else {
       acc[i][0] = load(in[i]) * in_scale[i];
       acc[i][1] = load(in[i] + kLanes<T>) * in_scale[i];

@@ -148,6 +148,8 @@ BIDORA_INLINE void write_row(const Matrix& m, int64_t row, int64_t offset, int64
   }
 }
 
+BIDORA_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
 template <typename T>
 constexpr Dtype kOwnDtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
 

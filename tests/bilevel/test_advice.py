@@ -14,7 +14,7 @@ from .problems import TRAIN, VALIDATION, bert_loss, bert_optimizer, small_bert
 
 
 def test_a_difference_below_the_noise_floor_is_reported_once() -> None:
-    estimator = bk.ForwardDifference(relative_radius=1e-7)
+    estimator = bk.ForwardDifference(relative_radius=1e-8)
     optimizer = bert_optimizer(small_bert(dtype=torch.float32), estimator=estimator, xi=1.0)
     with pytest.warns(UserWarning, match="less than its rounding.*raise the estimator's relative_radius"):
         optimizer.step(bert_loss, TRAIN, VALIDATION)

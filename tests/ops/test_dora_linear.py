@@ -105,9 +105,7 @@ def test_a_zero_row(dropped: bool, detach_norm: bool, moved: bool) -> None:
     call.magnitude[::3] = 0
     if not moved:
         call.lora_B[::3] = 0
-    ours, reference = run(call, "native"), run(call, "reference")
-    for name, value in reference.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=2e-5)
+    assert violations(call, run(call, "native")) == []
 
 
 @pytest.mark.parametrize("needs", [(), ("direction",), ("magnitude",)])

@@ -1,9 +1,9 @@
 """Bilevel optimization of two groups of parameters: the lower level on train batches, the upper one on validation batches."""
 
+from .batches import MicroBatches
 from .estimators import CentralDifference, DoubleBackward, FirstOrder, ForwardDifference, ForwardMode
 from .implicit import ConjugateGradient, Neumann
 from .optimizer import BilevelOptimizer
-from .passes import MicroBatches
 from .penalty import OrthogonalPenalty
 from .presets import BilevelPreset, preset
 from .sama import Sama

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops._context import DirectionPoint
+from .batches import first_share
 from .estimators import Estimator, FirstOrder
 from .flat import FlatParameters, Vector, add, is_finite, scaled
 from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
@@ -35,9 +37,12 @@ class BilevelOptimizer:
     many steps. lower_scheduler, upper_scheduler: stepped once per step of their level. lower_max_norm, upper_max_norm: clip the
     gradient, the hypergradient. grad_scaler: scales every pass; one pass that is not finite skips both updates. compute_dtype:
     what the passes compute in, for the differences' radius; None takes what the DoRA layers saw, else the parameters' dtype.
-    difference_batch: train batch -> the part that the second-order term's passes use. process_group: average over its processes;
-    under DistributedDataParallel the default group is taken. Under FSDP2 (`fully_shard` before the optimizers are made) every
-    process holds its shards; estimators that differentiate twice, a penalty and a grad_scaler are refused there.
+    difference_batch: what the second-order term's passes use of the train batch, None for all of it. A share, as 0.5: its first
+    rows (keep them in random order) or MicroBatches, and the lower pass of an upper step takes it in two parts, weighted by rows:
+    the loss must be a mean over rows. A callable train batch -> part: any part, at the price of a base pass of its own.
+    process_group: average over its processes; under DistributedDataParallel the default group is taken. Under FSDP2
+    (`fully_shard` before the optimizers are made) every process holds its shards; estimators that differentiate twice, a penalty
+    and a grad_scaler are refused there.
 
     The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
     anything raises changes nothing. After a step `.grad` is None. Random numbers: the train pass runs from the current state, the
@@ -64,7 +69,7 @@ class BilevelOptimizer:
         upper_max_norm: float | None = None,
         grad_scaler: Any = None,
         compute_dtype: torch.dtype | None = None,
-        difference_batch: Callable[[Any], Any] | None = None,
+        difference_batch: float | Callable[[Any], Any] | None = None,
         process_group: Any = None,
     ) -> None:
         """Check the settings and move the parameters into flat buffers."""
@@ -95,8 +100,7 @@ class BilevelOptimizer:
             raise ValueError(f'unroll must be "optimizer" or "gradient", got {self.unroll!r}')
         if not self.estimator.takes_xi and (self.xi is not None or self.unroll != "optimizer"):
             raise ValueError(f"{type(self.estimator).__name__} takes neither xi nor unroll")
-        number = isinstance(self.xi, int | float) and not isinstance(self.xi, bool)
-        if not (self.xi is None or self.xi == "lr" or (number and math.isfinite(self.xi) and self.xi >= 0)):  # type: ignore[arg-type,operator]
+        if not (self.xi is None or self.xi == "lr" or _in_range(self.xi, 0.0, sys.float_info.max)):
             raise ValueError(f'xi must be None, "lr" or a number of 0 or more, got {self.xi!r}')
         if not isinstance(self.upper_every, int) or isinstance(self.upper_every, bool) or self.upper_every < 1:
             raise ValueError(f"upper_every must be a positive integer, got {self.upper_every!r}")
@@ -104,6 +108,9 @@ class BilevelOptimizer:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be a positive number or None, got {value}")
+        share = self.difference_batch
+        if not (share is None or callable(share) or (share != 0 and _in_range(share, 0.0, 1.0))):
+            raise ValueError(f"difference_batch must be a share over 0 and up to 1, a callable or None, got {share!r}")
         if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
             raise TypeError(f"compute_dtype must be a floating-point dtype, got {self.compute_dtype}")
         if isinstance(self.estimator, Sama):
@@ -205,10 +212,14 @@ class BilevelOptimizer:
         estimator, flat = self.estimator, self._direction
         passes = Passes(self.model, flat, self._magnitude, self.grad_scaler, self.process_group, self._distributed, watch)
         start, before = undo.random_state, undo.direction
-        reuse = val_batch is not None and estimator.reuses_lower_gradient and self.difference_batch is None
+        part, shared = train_batch, None
+        if val_batch is not None and estimator.has_second_order and isinstance(self.difference_batch, int | float):
+            train_batch, part = first_share(train_batch, self.difference_batch)
+            shared = len(part)
+        reuse = val_batch is not None and estimator.reuses_lower_gradient and not callable(self.difference_batch)
         needs = {"direction", "magnitude"} if reuse else {"direction"}
         point = undo.point or (flat.point() if self._returns() and val_batch is not None else None)
-        lower = passes.run("lower", loss_fn, train_batch, needs, self.penalty, point=point)
+        lower = passes.run("lower", loss_fn, train_batch, needs, self.penalty, point=point, magnitude_parts=shared)
         undo.reached = RandomState(self._devices())
         result.train_loss = passes.average_loss(lower.loss)
         grads = lower.direction
@@ -246,7 +257,8 @@ class BilevelOptimizer:
                 del jacobian
             elif estimator.takes_xi:
                 self._times_xi(vector)
-            part = train_batch if self.difference_batch is None else self.difference_batch(train_batch)
+            if callable(self.difference_batch):
+                part = self.difference_batch(train_batch)
             dtype = self._radius_dtype(seen)
             loss = TrainLoss(passes, loss_fn, part, start, before, after, base, dtype, self.penalty, point)
             try:
@@ -263,7 +275,7 @@ class BilevelOptimizer:
         """Whether a second pass of a step runs where the lower pass does."""
         if isinstance(self.estimator, FirstOrder):
             return self.estimator.at == "before"
-        return self.estimator.reuses_lower_gradient and self.difference_batch is not None
+        return self.estimator.reuses_lower_gradient and callable(self.difference_batch)
 
     def _second_order(self, loss: TrainLoss, vector: Vector) -> Vector | None:
         """-q(vector), or None where the vector is zero or its length underflows."""
@@ -377,6 +389,10 @@ class BilevelOptimizer:
     def _parts(self) -> list[tuple[str, Any]]:
         names = ("lower", "upper", "lower_scheduler", "upper_scheduler", "grad_scaler")
         return [(name, getattr(self, name)) for name in names]
+
+
+def _in_range(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _clear_grads(owner: BilevelOptimizer) -> None:

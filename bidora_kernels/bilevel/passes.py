@@ -13,42 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops._context import DirectionPoint, pass_mode
+from .batches import parts_of
 from .flat import FlatParameters, Vector
 from .sharding import sum_over
 
 LossFunction = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar mean loss
-
-
-class MicroBatches:
-    """A batch in parts: every pass runs over them one after the other and averages their losses by weight.
-
-    With weights w the loss is sum_i w_i loss_i / sum_i w_i; None weighs all alike. Only this class is a set of micro-batches: a
-    list, a tuple or a dict is one batch and reaches `loss_fn` as it is. Raises ValueError for no parts, for another number of
-    weights and for weights that are negative or all zero.
-    """
-
-    def __init__(self, batches: Sequence[Any], weights: Sequence[float] | None = None) -> None:
-        """Keep the parts and their weights, normalized."""
-        self.batches = list(batches)
-        if not self.batches:
-            raise ValueError("MicroBatches needs at least one batch, got none")
-        given = [1.0] * len(self.batches) if weights is None else [float(weight) for weight in weights]
-        if len(given) != len(self.batches):
-            raise ValueError(f"weights must be one per batch, {len(self.batches)}, got {len(given)}")
-        if min(given) < 0 or not 0 < sum(given) < float("inf"):
-            raise ValueError(f"weights must be 0 or more, finite, and not all 0, got {given}")
-        self.weights = [weight / sum(given) for weight in given]
-
-    def __len__(self) -> int:
-        """The number of parts."""
-        return len(self.batches)
-
-
-def parts_of(batch: Any) -> list[tuple[Any, float]]:
-    """The parts of a batch with their normalized weights."""
-    if isinstance(batch, MicroBatches):
-        return list(zip(batch.batches, batch.weights, strict=True))
-    return [(batch, 1.0)]
 
 
 class NonFinitePass(ArithmeticError):
@@ -149,30 +118,40 @@ class Passes:
         penalty: Callable[[Any], Tensor] | None = None,
         differentiate_norm: bool | None = None,
         point: DirectionPoint | None = None,
+        magnitude_parts: int | None = None,
     ) -> PassResult:
         """One pass over a batch or its micro-batches. A penalty adds to the directions' gradient only, not to the loss returned.
 
-        point: where the directions are, given where another pass runs there too.
+        point: where the directions are, given where another pass runs there too. magnitude_parts: the magnitudes' gradient is
+        that of the first so many parts alone, rounded as in a pass over these; the other parts compute none. None: of all.
 
         Raises TypeError or ValueError where `loss_fn` does not return a scalar, NonFinitePass under a GradScaler.
         """
         losses: list[Tensor] = []
-        if point is None and len(parts_of(batch)) > 1:
+        seen: set[torch.dtype] = set()
+        magnitude: list[Tensor | None] = []
+        parts = parts_of(batch)
+        last = len(parts) if magnitude_parts is None else magnitude_parts
+        share = 1.0 if last == len(parts) else sum(weight for _, weight in parts[:last])
+        if point is None and len(parts) > 1:
             point = self.lower.point()
         with self.stopwatch.measure(kind), torch.enable_grad(), self.no_sync():
-            with self.requiring(needs), pass_mode(needs=needs, differentiate_norm=differentiate_norm, point=point) as mode:
-                for part, weight in parts_of(batch):
+            for number, (part, weight) in enumerate(parts, 1):
+                own = needs if number <= last else needs - {"magnitude"}
+                with self.requiring(own), pass_mode(needs=own, differentiate_norm=differentiate_norm, point=point) as mode:
                     loss = checked_loss(loss_fn(self.model, part))
-                    self._backward(loss, weight)
-                    losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * weight)
-                    del loss
-            magnitude = self._take(self.upper.parameters) if "magnitude" in needs else []
+                    self._backward(loss, weight / share)
+                losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * weight)
+                seen |= mode.seen_dtypes
+                del loss
+                if number == last and "magnitude" in needs:
+                    magnitude = self._take(self.upper.parameters)
             if penalty is not None:
                 with self.requiring({"direction"}), pass_mode(needs={"direction"}):
-                    self._backward(checked_loss(penalty(self.model), "the penalty"), 1.0)
+                    self._backward(checked_loss(penalty(self.model), "the penalty"), 1.0 / share)
             direction = self._take(self.lower.parameters) if "direction" in needs else []
-        result = PassResult(torch.stack(losses).sum(), direction, magnitude, set(mode.seen_dtypes))
-        result.direction = self._combined(self.lower, direction, kind)
+        result = PassResult(torch.stack(losses).sum(), direction, magnitude, seen)
+        result.direction = self._combined(self.lower, direction, kind, share)
         result.magnitude = self._combined(self.upper, magnitude, kind)
         return result
 
@@ -187,19 +166,20 @@ class Passes:
             parameter.grad = None
         return taken
 
-    def _combined(self, flat: FlatParameters, grads: list[Tensor | None], kind: str) -> list[Tensor | None]:
-        """Average over processes, and undo the GradScaler's scale."""
+    def _combined(self, flat: FlatParameters, grads: list[Tensor | None], kind: str, factor: float = 1.0) -> list[Tensor | None]:
+        """The factor times the average over processes, the GradScaler's scale undone."""
         if not grads:
             return grads
         if self.distributed:
             vector = flat.gather(grads)
             self.average(vector)
             grads = list(flat.views(vector))
+        known = [grad for grad in grads if grad is not None]
         if self.scaler is not None:
-            known = [grad for grad in grads if grad is not None]
-            if known:
-                torch._foreach_mul_(known, 1.0 / self.scaler.get_scale())
-            self.check_finite(known, kind)
+            factor /= self.scaler.get_scale()
+        if known and factor != 1.0:
+            torch._foreach_mul_(known, factor)
+        self.check_finite(known, kind)
         return grads
 
     def check_finite(self, grads: Sequence[Tensor], kind: str) -> None:

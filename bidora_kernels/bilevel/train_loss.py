@@ -13,9 +13,10 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops._context import DirectionPoint, pass_mode
+from .batches import parts_of
 from .estimators import noise_floor, relative_radius
 from .flat import Vector, add, scaled
-from .passes import LossFunction, Passes, checked_loss, parts_of
+from .passes import LossFunction, Passes, checked_loss
 from .snapshot import RandomState
 
 

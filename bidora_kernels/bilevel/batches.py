@@ -1,0 +1,110 @@
+"""What a step's passes run over: a batch, its micro-batches, and the first share of either."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+PLAIN = (str, bytes, int, float, complex, type(None))
+REMEDY = "give MicroBatches, or a callable that returns the part"
+
+
+class MicroBatches:
+    """A batch in parts: every pass runs over them one after the other and averages their losses by weight.
+
+    With weights w the loss is sum_i w_i loss_i / sum_i w_i; None weighs all alike. Only this class is a set of micro-batches: a
+    list, a tuple or a dict is one batch and reaches `loss_fn` as it is. Raises ValueError for no parts, for another number of
+    weights and for weights that are negative or all zero.
+    """
+
+    def __init__(self, batches: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+        """Keep the parts and their weights, normalized."""
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("MicroBatches needs at least one batch, got none")
+        given = [1.0] * len(self.batches) if weights is None else [float(weight) for weight in weights]
+        if len(given) != len(self.batches):
+            raise ValueError(f"weights must be one per batch, {len(self.batches)}, got {len(given)}")
+        if min(given) < 0 or not 0 < sum(given) < float("inf"):
+            raise ValueError(f"weights must be 0 or more, finite, and not all 0, got {given}")
+        self.weights = [weight / sum(given) for weight in given]
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return len(self.batches)
+
+
+def parts_of(batch: Any) -> list[tuple[Any, float]]:
+    """The parts of a batch with their normalized weights."""
+    if isinstance(batch, MicroBatches):
+        return list(zip(batch.batches, batch.weights, strict=True))
+    return [(batch, 1.0)]
+
+
+def first_share(batch: Any, share: float) -> tuple[MicroBatches, MicroBatches]:
+    """The batch in parts, and the first of them, which hold that share of it.
+
+    Of micro-batches whole parts are taken, as few as weigh the share. Another batch is cut by rows, `round(share * rows)` of them
+    and at least one: tensors along their first dimension, and lists or tuples of as many plain values; mappings, lists and tuples
+    of such things are gone through, single plain values are in both parts. Where the share is all rows there is one part.
+
+    Raises TypeError for a batch with anything else in it and ValueError for parts of unequal length.
+    """
+    if isinstance(batch, MicroBatches):
+        count, reached = 0, 0.0
+        while reached < share * (1.0 - 1e-9):  # less the rounding of the weights' sum
+            reached += batch.weights[count]
+            count += 1
+        return batch, MicroBatches(batch.batches[:count], batch.weights[:count])
+    rows = _rows(batch)
+    first = max(1, round(share * rows))
+    if first == rows:
+        return MicroBatches([batch]), MicroBatches([batch])
+    parts = [_cut(batch, operator.itemgetter(cut)) for cut in (slice(0, first), slice(first, rows))]
+    return MicroBatches(parts, [first, rows - first]), MicroBatches(parts[:1])
+
+
+def _rows(batch: Any) -> int:
+    """The length that everything of a batch has."""
+    tensors: set[int] = set()
+    lists: set[int] = set()
+
+    def seen(leaf: Any) -> Any:
+        (tensors if isinstance(leaf, Tensor) else lists).add(len(leaf))
+        return leaf
+
+    _cut(batch, seen)
+    if not tensors:
+        raise TypeError(f"a batch of which a share is taken must hold tensors, got {type(batch).__name__}: {REMEDY}")
+    if len(tensors | lists) > 1:
+        raise ValueError(
+            f"a batch of which a share is taken must have rows of one number, got {sorted(tensors | lists)}: {REMEDY}"
+        )
+    if 0 in tensors:
+        raise ValueError("a batch of which a share is taken must have rows, got none")
+    return tensors.pop()
+
+
+def _cut(batch: Any, take: Callable[[Any], Any]) -> Any:
+    """The same structure with `take` of every tensor and of every sequence of plain values."""
+    if isinstance(batch, Tensor):
+        return take(batch) if batch.ndim else batch
+    if isinstance(batch, PLAIN):
+        return batch
+    if isinstance(batch, Mapping):
+        items = {key: _cut(value, take) for key, value in batch.items()}
+        if not isinstance(batch, MutableMapping):
+            return items
+        same = copy.copy(batch)
+        same.update(items)
+        return same
+    if isinstance(batch, list | tuple):
+        if batch and all(isinstance(item, PLAIN) for item in batch):
+            return take(batch)
+        each = [_cut(item, take) for item in batch]
+        return type(batch)(*each) if hasattr(batch, "_fields") else type(batch)(each)
+    raise TypeError(f"a batch of which a share is taken must hold tensors and plain values, got {type(batch).__name__}: {REMEDY}")

@@ -52,6 +52,11 @@ COMPARABLE = {  # those that estimate the second-order term at xi = 1, and where
     "paper-code": "after",
 }
 PRESETS = ("balanced", "paper-code")
+# name: (estimator or preset, what is set otherwise): rows of `benchmarks.cost` alone
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ForwardDifference, 1/2": ("ForwardDifference", {"difference_batch": 0.5}),
+    "balanced, whole": ("balanced", {"difference_batch": None}),
+}
 Direction = Sequence[Tensor]
 Terms = tuple[Tensor, Tensor]
 
@@ -231,8 +236,11 @@ def _estimator(name: str, case: BilevelCase) -> Callable[[], dict[str, Any]]:
     return settings
 
 
-def bilevel_providers(case: BilevelCase) -> dict[str, Callable[[Workbench], Candidate]]:
-    """Every provider of a bilevel iteration by name: the floor and plain steps, the authors' method, estimators, presets."""
+def bilevel_providers(case: BilevelCase, variants: bool = False) -> dict[str, Callable[[Workbench], Candidate]]:
+    """Every provider of a bilevel iteration by name: the floor and plain steps, the authors' method, estimators, presets.
+
+    variants: these too with other settings, `VARIANTS`.
+    """
     found = peft_steps(case)
 
     def eq8(bench: Workbench) -> Candidate:
@@ -253,14 +261,20 @@ def bilevel_providers(case: BilevelCase) -> dict[str, Callable[[Workbench], Cand
     backend = next((b for b in BACKENDS if _serves(b)), "reference")
     reference = functools.cache(exact_terms)
 
-    for label in ESTIMATORS:
-        found[f"{label}, {ours(backend)}"] = functools.partial(_build, label, backend, _estimator(label, case), 1.0, reference)
-    for label in PRESETS:
-        preset = bk.preset(label)
-        found[f"{label}, {ours(backend)}"] = functools.partial(
-            _build, label, backend, functools.partial(dict, preset.optimizer), preset.validation_batch_ratio, reference
-        )
+    chosen: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {name: (_estimator(name, case), 1.0) for name in ESTIMATORS}
+    for name in PRESETS:
+        preset = bk.preset(name)
+        chosen[name] = functools.partial(dict, preset.optimizer), preset.validation_batch_ratio
+    for name, (base, changes) in VARIANTS.items() if variants else ():
+        settings, ratio = chosen[base]
+        chosen[name] = functools.partial(_changed, settings, changes), ratio
+    for name, (settings, ratio) in chosen.items():
+        found[f"{name}, {ours(backend)}"] = functools.partial(_build, name, backend, settings, ratio, reference)
     return found
+
+
+def _changed(settings: Callable[[], dict[str, Any]], changes: dict[str, Any]) -> dict[str, Any]:
+    return settings() | changes
 
 
 def _build(label: str, backend: str, settings: Any, ratio: float, reference: Any, bench: Workbench) -> Candidate:

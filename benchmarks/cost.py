@@ -2,7 +2,8 @@
 
 One interleaved run per set of targets, in rotating order; every ratio is taken within a round, then its median over rounds and a
 95 % bootstrap interval. A RoBERTa-base-shaped encoder with random weights, batches of equal size, an upper step every iteration
-but for presets that say otherwise (their iterations are averaged). The estimators that a user would rarely take are timed in a
+but for presets that say otherwise (their iterations are averaged); "1/2" takes the difference on half of the train batch, "whole"
+on all of it where the preset takes half. The estimators that a user would rarely take are timed in a
 shorter run of their own, beside the same peers.
 
     python -m benchmarks.cost --json benchmarks/results/bilevel/cost.json
@@ -32,21 +33,31 @@ from .timing import Candidate, measure, ratio
 TARGETS = ("all-linear", "q+v")
 FLOOR, LORA, DORA, EQ8 = "frozen model", "PEFT LoRA", "PEFT DoRA", "Eq. 8 on PEFT DoRA"
 PEERS = (FLOOR, LORA, DORA, EQ8)
-USUAL = ("FirstOrder", "ForwardDifference", "CentralDifference", "Sama", "balanced", "paper-code")
+USUAL = (
+    "FirstOrder", "ForwardDifference", "ForwardDifference, 1/2", "CentralDifference", "Sama", "balanced", "balanced, whole",
+    "paper-code",
+)  # fmt: skip
 DEAR = ("ForwardMode", "DoubleBackward", "Neumann", "ConjugateGradient")
 SETS = 2  # of batches, taken in turn: one iteration reads more than any cache holds
 # passes of an iteration: what it would take if each cost no more than the frozen model's
-PASSES = {"ForwardDifference": 3.0, "balanced": (2 + 1 + 0.25) / 2}
+PASSES = {
+    "ForwardDifference": 3.0,
+    "ForwardDifference, 1/2": 2.5,
+    "balanced": (2 + 0.5 + 0.25) / 2,
+    "balanced, whole": (2 + 1 + 0.25) / 2,
+}
 # (numerator, denominator) -> the most it may be, by targets, at 3 layers on a CPU
 GATES = {
     ("ForwardDifference", EQ8): {"all-linear": 0.50, "q+v": 0.70},
+    ("ForwardDifference, 1/2", EQ8): {"all-linear": 0.50, "q+v": 0.70},
     ("balanced", DORA): {"all-linear": 1.2, "q+v": 1.5},
+    ("balanced, whole", DORA): {"all-linear": 1.2, "q+v": 1.5},
 }
 
 
 def _chosen(case: BilevelCase, labels: tuple[str, ...]) -> dict[str, Callable[[Workbench], Candidate]]:
     """The providers by label, this library's without the name of its backend."""
-    found = bilevel_providers(case)
+    found = bilevel_providers(case, variants=True)
     return {label: build for label in labels for name, build in found.items() if name.split(", bidora")[0] == label}
 
 
@@ -107,11 +118,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     for run in found["runs"]:
         seconds = run["seconds"]
         count = f"{len(next(iter(seconds.values())))} rounds"
-        out.append(f"{'':20s}  {'ms':>7s}  {'/ PEFT LoRA':>18s}  {'/ floor':>7s}  {'/ Eq. 8':>18s}  {'MiB':>6s}  {count}")
+        out.append(f"{'':22s}  {'ms':>7s}  {'/ PEFT LoRA':>18s}  {'/ floor':>7s}  {'/ Eq. 8':>18s}  {'MiB':>6s}  {count}")
         for name, taken in seconds.items():
             lora, floor, eq8 = (ratio(taken, seconds[peer]) for peer in (LORA, FLOOR, EQ8))
             out.append(
-                f"{name:20s}  {1e3 * statistics.median(taken):7.0f}  {lora.median:6.2f} {lora.low:5.2f}-{lora.high:5.2f}  "
+                f"{name:22s}  {1e3 * statistics.median(taken):7.0f}  {lora.median:6.2f} {lora.low:5.2f}-{lora.high:5.2f}  "
                 f"{floor.median:7.2f}  {eq8.median:6.2f} {eq8.low:5.2f}-{eq8.high:5.2f}  {run['peak_bytes'][name] / 2**20:6.0f}"
             )
     for gate in found["gates"]:

@@ -78,7 +78,7 @@ def cases(part: str, rounds: int = 20) -> list[Case]:
         found = [
             dataclasses.replace(case, layers=3 if part == "step" else 12)
             for case in suite("cpu", "step/")
-            if isinstance(case, StepCase) and case.min_rounds >= 20 and case.dtype == "fp32"
+            if isinstance(case, StepCase) and case.min_rounds >= 20
         ]
     elif part == "decode":
         found = [layer_case("llama-2-7b", "q_proj", tokens, 16, "fp32", DecodeCase) for tokens in (1, 8, 128)]

@@ -319,6 +319,7 @@ class _WriteMergedWeight(torch.autograd.Function):
         norm = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float32)
         scale = magnitude / norm
         merged = updated.mul_(scale.to(updated.dtype)[:, None])
+        x = x.to(merged.dtype)  # autocast's, where it is on
         y = torch.nn.functional.linear(x, merged, bias)
         ctx.save_for_backward(x, merged, lora_A, lora_B, magnitude, scale, y, bias)
         ctx.scaling = scaling

@@ -37,6 +37,12 @@ def instruction_set() -> str | None:
     return None if why_unavailable() else torch.ops.bidora_native.instruction_set()
 
 
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products of bf16 values, which torch's library then takes."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
 def _stored(weight: Tensor) -> Tensor:
     """The weight where the kernels can read it in place (rows or columns contiguous), else a contiguous copy."""
     rows, columns = weight.stride()
@@ -61,13 +67,15 @@ def merged_weight(
     out: Tensor,
     norm_known: bool = False,
     minus_weight: bool = False,
+    dither: bool = False,
 ) -> None:
     """Write magnitude * V / ||V|| (rows of length 1 without a magnitude) to `out`, and the norms to `norm` unless they are known.
 
     `out` has the weight's orientation: a transposed view where the weight is one. minus_weight: store the result less the weight.
+    dither: round to a bf16 `out` up or down by a fixed noise of each element's place, so that small changes survive on average.
     """
     torch.ops.bidora_native.merged_weight(
-        _stored(weight), lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out
+        _stored(weight), lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out, dither
     )
 
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -62,9 +63,17 @@ T* values(const std::optional<Tensor>& t, const char* name, int64_t count) {
   return t.has_value() ? values<T>(*t, name, count) : nullptr;
 }
 
+// Uninitialized memory on the boundary of a cache line: a vector as long as a line would else touch two
+constexpr std::align_val_t kLine{64};
+struct Free {
+  void operator()(void* p) const { ::operator delete(p, kLine); }
+};
 template <typename T>
-std::unique_ptr<T[]> buffer(int64_t count) {
-  return std::unique_ptr<T[]>(new T[count]);  // uninitialized
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <typename T>
+Buffer<T> buffer(int64_t count) {
+  return Buffer<T>(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kLine)));
 }
 
 template <typename T>
@@ -78,11 +87,12 @@ int64_t grain(int64_t cost) { return std::max<int64_t>(1, 65536 / std::max<int64
 template <typename T>
 void weight_pass(
     const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const std::optional<Tensor>& magnitude, double scaling,
-    const Tensor& norm, bool norm_known, bool minus_weight, const std::optional<Tensor>& out) {
+    const Tensor& norm, bool norm_known, bool minus_weight, const std::optional<Tensor>& out, bool dither) {
   const auto& k = kernels<T>();
   STD_TORCH_CHECK(weight.dim() == 2 && lora_A.dim() == 2, "weight and lora_A must be matrices");
   const int64_t n = weight.size(0), in = weight.size(1), r = lora_A.size(0);
   STD_TORCH_CHECK(!minus_weight || (norm_known && out.has_value()), "minus_weight needs the norm and an output");
+  STD_TORCH_CHECK(!dither || (out.has_value() && out->scalar_type() == ScalarType::BFloat16), "dither needs an output in bf16");
   // a transposed view of a row-major matrix is read as that matrix
   const bool columns = weight.stride(0) == 1 && weight.stride(1) != 1 && n > 1;
   const T* a = values<T>(lora_A, "lora_A", r * in);
@@ -93,6 +103,13 @@ void weight_pass(
   args.out_features = n, args.in_features = in, args.r = r;
   args.norm_known = norm_known, args.minus_weight = minus_weight, args.floor = T(kNormFloor);
   if (n == 0) return;
+  Buffer<uint32_t> noise;
+  if (dither) {
+    const int64_t count = columns ? n : in;
+    noise = buffer<uint32_t>(std::max<int64_t>(1, count));
+    for (int64_t c = 0; c < count; ++c) noise[c] = mixed(uint32_t(c));
+    args.noise = noise.get();
+  }
   if (!columns) {
     args.weight = matrix(weight, "weight", n, in);
     if (out.has_value()) args.out = matrix(*out, "out", n, in);
@@ -126,14 +143,14 @@ bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; 
 
 void weight_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, const Tensor& norm) {
   auto pass = is_double(norm) ? weight_pass<double> : weight_pass<float>;
-  pass(weight, lora_A, lora_B, std::nullopt, scaling, norm, false, false, std::nullopt);
+  pass(weight, lora_A, lora_B, std::nullopt, scaling, norm, false, false, std::nullopt, false);
 }
 
 void merged_weight(
     const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> magnitude, double scaling,
-    const Tensor& norm, bool norm_known, bool minus_weight, const Tensor& out) {
+    const Tensor& norm, bool norm_known, bool minus_weight, const Tensor& out, bool dither) {
   auto pass = is_double(norm) ? weight_pass<double> : weight_pass<float>;
-  pass(weight, lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out);
+  pass(weight, lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out, dither);
 }
 
 template <typename T>
@@ -170,7 +187,7 @@ int64_t adapter_gradients_of(
   auto scale = buffer<T>(std::max<int64_t>(1, n));
   for (int64_t i = 0; i < n; ++i) scale[i] = norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1);
   const int64_t padded_in = panel_count<T>(in) * k.panel, padded_out = panel_count<T>(n) * k.panel;
-  std::unique_ptr<T[]> scaled_B, padded_bias;
+  Buffer<T> scaled_B, padded_bias;
   if (direction) {
     scaled_B = buffer<T>(std::max<int64_t>(1, r * n));
     for (int64_t i = 0; i < n; ++i)
@@ -347,7 +364,7 @@ void few_tokens_of(
   args.hidden = hidden.get();
   for (const auto& pass : {down, args})
     torch::stable::parallel_for(0, (pass.out_features + 3) / 4, grain(4 * tokens * in), [&](int64_t begin, int64_t end) {
-      auto own = buffer<T>(4 * (in + tokens) + 1);
+      auto own = buffer<T>(4 * (in + 2 * tokens) + 1);
       k.few_tokens_rows(pass, 4 * begin, std::min(4 * end, pass.out_features), own.get());
     });
 }
@@ -369,7 +386,7 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
   m.def("weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor(a!) norm) -> ()");
   m.def(
       "merged_weight(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude, float scaling, Tensor(a!) norm, "
-      "bool norm_known, bool minus_weight, Tensor(b!) out) -> ()");
+      "bool norm_known, bool minus_weight, Tensor(b!) out, bool dither) -> ()");
   m.def(
       "adapter_gradients(Tensor x, Tensor g, Tensor? y, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor norm, "
       "Tensor? bias, float scaling, Tensor(a!)? grad_A, Tensor(b!)? grad_B, Tensor(c!)? grad_magnitude, "

@@ -138,13 +138,14 @@ class TestRefusals:
     def test_merged_weight(self) -> None:
         o = self.operands()
         arguments = (o["weight"], o["lora_A"], o["lora_B"], torch.ones(6), 1.0, o["norm"])
-        for out, known, minus, message in (
-            (torch.empty(6, 7), False, False, r"out must be \[6, 8\]"),
-            (torch.empty(8, 6).t(), False, False, "out must have contiguous rows"),
-            (torch.empty(6, 8), False, True, "minus_weight needs the norm"),
+        for out, known, minus, dither, message in (
+            (torch.empty(6, 7), False, False, False, r"out must be \[6, 8\]"),
+            (torch.empty(8, 6).t(), False, False, False, "out must have contiguous rows"),
+            (torch.empty(6, 8), False, True, False, "minus_weight needs the norm"),
+            (torch.empty(6, 8), False, False, True, "dither needs an output in bf16"),
         ):
             with pytest.raises(RuntimeError, match=message):
-                torch.ops.bidora_native.merged_weight(*arguments, known, minus, out)
+                torch.ops.bidora_native.merged_weight(*arguments, known, minus, out, dither)
 
     @pytest.mark.parametrize(
         ("name", "value", "message"),

@@ -4,8 +4,10 @@ Weight plan: write the merged weight W' = c * V into the workspace and take one 
 backward pass, not kept. Activation plan: multiply with the frozen weight and correct the output. Many tokens favor the first,
 few the second; `weight_plan_pays` counts the bytes. Up to FEW_TOKENS one kernel does it all, reading the weight in its own dtype.
 
-Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16-bit layers: a CPU without bf16 instructions
-multiplies fp32 several times faster, and W' in fp32 loses no small update. Inputs are not rounded to the product dtype either.
+Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16-bit layers: W' in fp32 loses no small update,
+and inputs are not rounded to the product dtype. But where the processor has bf16 instructions, which multiply four times as fast,
+a bf16 pass of the weight plan takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout and precise passes stay
+in fp32, so does what few tokens take.
 """
 
 from __future__ import annotations
@@ -47,6 +49,12 @@ def takes_few_tokens(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known
     return weight.dtype != dtype or not weight_plan_pays(tokens, weight, dtype, norm_known)
 
 
+def in_bf16(product_dtype: torch.dtype, weight: Tensor, dropped: bool) -> bool:
+    """Whether the products with W' take bf16 operands."""
+    bf16 = product_dtype is torch.bfloat16 and weight.dtype is not torch.float64
+    return bf16 and not dropped and native.multiplies_bf16()
+
+
 def kept_dtype(
     weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool
 ) -> torch.dtype | None:
@@ -63,12 +71,23 @@ def _is_transposed(weight: Tensor) -> bool:
 
 
 class _Layer:
-    """The constants of one call in the accumulating dtype, and the weights of its products in blocks of output features."""
+    """The constants of one call in the accumulating dtype, and the weights of its products in blocks of output features.
+
+    `operands`: the dtype of the operands of a product with W', the accumulating one or bf16.
+    """
 
     def __init__(
-        self, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, bias: Tensor | None, scaling: float
+        self,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        in_bf16: bool,
     ) -> None:
         self.dtype = reference.norm_dtype(weight)
+        self.operands = torch.bfloat16 if in_bf16 else self.dtype
         self.weight, self.scaling = weight, scaling
         self.lora_A, self.lora_B, self.magnitude = (self.constant(tensor) for tensor in (lora_A, lora_B, magnitude))
         self.bias = None if bias is None else self.constant(bias)
@@ -76,30 +95,35 @@ class _Layer:
     def constant(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.dtype is self.dtype and tensor.is_contiguous() else tensor.to(self.dtype).contiguous()
 
-    def flat(self, x: Tensor) -> Tensor:
-        """[tokens, features] in the accumulating dtype, rows contiguous."""
-        x = flatten(x)
-        return rows(x if x.dtype is self.dtype else x.to(self.dtype))
+    def flat(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[tokens, features] in the accumulating dtype or another, rows contiguous."""
+        x, dtype = flatten(x), dtype or self.dtype
+        return rows(x if x.dtype is dtype else x.to(dtype))
+
+    def takes_weight_plan(self, tokens: int, norm_known: bool, backward: bool = False) -> bool:
+        """Whether W' is written; bf16 operands mean one."""
+        return self.operands is not self.dtype or weight_plan_pays(tokens, self.weight, self.dtype, norm_known, backward)
 
     def parts(self) -> Iterator[slice]:
         """Slices of the output features, each with a merged weight that fits the workspace."""
         out_features, in_features = self.weight.shape
-        step = rows_per_block(in_features, self.dtype)
+        step = rows_per_block(in_features, self.operands)
         for start in range(0, out_features, step):
             yield slice(start, min(start + step, out_features))
 
     def fits_workspace(self) -> bool:
         """Whether one part is the whole layer."""
         out_features, in_features = self.weight.shape
-        return out_features <= rows_per_block(in_features, self.dtype)
+        return out_features <= rows_per_block(in_features, self.operands)
 
     def merged(self, norm: Tensor, norm_known: bool, minus_weight: bool = False, part: slice | None = None) -> Tensor:
         """W' of a part of the output features (all without one) in the workspace; norms are filled in unless they are known."""
         weight, lora_B, magnitude = self.weight, self.lora_B, self.magnitude
         if part is not None:
             weight, lora_B, magnitude, norm = weight[part], lora_B[part], magnitude[part], norm[part]
-        block = workspace(weight.shape[0], weight.shape[1], self.dtype, _is_transposed(weight))
-        native.merged_weight(weight, self.lora_A, lora_B, magnitude, self.scaling, norm, block, norm_known, minus_weight)
+        block = workspace(weight.shape[0], weight.shape[1], self.operands, _is_transposed(weight))
+        dither = self.operands is not self.dtype
+        native.merged_weight(weight, self.lora_A, lora_B, magnitude, self.scaling, norm, block, norm_known, minus_weight, dither)
         return block
 
     def merged_blocks(self, norm: Tensor, minus_weight: bool = False) -> Iterator[tuple[slice, Tensor]]:
@@ -133,15 +157,17 @@ def forward(
     keeps: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y [tokens, out] in `out_dtype`, norm, what the backward needs beyond y or None)."""
-    layer = _Layer(weight, lora_A, lora_B, magnitude, bias, scaling)
-    x = layer.flat(x)
-    out_features = weight.shape[0]
-    norm_known = norm is not None
+    x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
+    dtype = reference.norm_dtype(weight)
+    few = x_dropped is None and takes_few_tokens(x.shape[0], weight, dtype, norm_known)
+    layer = _Layer(
+        weight, lora_A, lora_B, magnitude, bias, scaling, not few and in_bf16(product_dtype, weight, x_dropped is not None)
+    )
     norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
-    few = x_dropped is None and takes_few_tokens(x.shape[0], weight, layer.dtype, norm_known)
-    if x_dropped is None and not few and weight_plan_pays(x.shape[0], weight, layer.dtype, norm_known):
-        kept = y = _outputs(layer, x, norm, layer.bias, norm_known)
+    if x_dropped is None and not few and layer.takes_weight_plan(x.shape[0], norm_known):
+        kept = y = _outputs(layer, layer.flat(x, layer.operands), norm, layer.bias, norm_known)
     else:
+        x = layer.flat(x)
         if not norm_known:
             norm = native.weight_norm(weight, layer.lora_A, layer.lora_B, scaling)
         scale = reference.row_scale(layer.magnitude, norm)
@@ -184,7 +210,7 @@ def backward(
 
     `x` is the input of the low-rank branch (with dropout: x_dropped), `kept` is y or what the forward kept beyond it.
     """
-    layer = _Layer(weight, lora_A, lora_B, magnitude, bias, scaling)
+    layer = _Layer(weight, lora_A, lora_B, magnitude, bias, scaling, in_bf16(product_dtype, weight, dropped))
     norm = layer.constant(norm)
     g = rows(grad_output)
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = None
@@ -194,7 +220,7 @@ def backward(
         if not (needs_magnitude or through_norm):
             kept = None
         elif kept is None:
-            kept, subtracted = _outputs(layer, layer.flat(x), norm, None), None
+            kept, subtracted = _outputs(layer, layer.flat(x, layer.operands), norm, None), None
         by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
         grad_A, grad_B, grad_magnitude, doubtful = native.adapter_gradients(
             inputs, g, None if kept is None else rows(kept), layer.lora_A, layer.lora_B, layer.magnitude, norm, subtracted,
@@ -212,12 +238,12 @@ def backward(
         norm_A, norm_B, _ = native.direction_backward(weight, None, layer.lora_A, layer.lora_B, None, scaling, norm, grad_norm)
         grad_A, grad_B = grad_A.add_(norm_A), grad_B.add_(norm_B)
     if needs_x or needs_dropped:
-        g = rows(g if g.dtype is layer.dtype else g.to(layer.dtype))
+        g = rows(g if g.dtype is layer.operands else g.to(layer.operands))
         if dropped:
             grad_x = _product(g, layer.frozen_blocks(), weight.shape[1]) if needs_x else None
             if needs_dropped:
                 grad_dropped = _product(g, layer.merged_blocks(norm, minus_weight=True), weight.shape[1])
-        elif weight_plan_pays(g.shape[0], weight, layer.dtype, norm_known=True, backward=True):
+        elif layer.takes_weight_plan(g.shape[0], norm_known=True, backward=True):
             if layer.fits_workspace():
                 grad_x = torch.mm(g, layer.merged(norm, norm_known=True))
             else:
@@ -237,6 +263,8 @@ def _low_rank_gradients(layer: _Layer, x: Tensor, g: Tensor, norm: Tensor) -> tu
 
 def _outputs(layer: _Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_known: bool = True) -> Tensor:
     """x W'^T + bias, [tokens, out]."""
+    if bias is not None and bias.dtype is not layer.operands:
+        bias = bias.to(layer.operands)
     if layer.fits_workspace():
         transposed = layer.merged(norm, norm_known).t()
         return torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)

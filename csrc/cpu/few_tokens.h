@@ -8,14 +8,17 @@ namespace BIDORA_ISA {
 
 template <typename T, int ROWS>
 BIDORA_INLINE void few_tokens_group(const FewTokensArgs<T>& a, int64_t row, T* scratch) {
-  const T* rows[ROWS];
-  for (int i = 0; i < ROWS; ++i) rows[i] = row_as(a.weight, row + i, a.in_features, scratch + i * a.in_features);
-  T* products = scratch + ROWS * a.in_features;  // [tokens, ROWS]
+  const T *rows[ROWS], *updates[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    rows[i] = row_as(a.weight, row + i, a.in_features, scratch + i * a.in_features);
+    updates[i] = a.lora_B + (row + i) * a.r;
+  }
+  T *products = scratch + ROWS * a.in_features, *low_rank = products + ROWS * a.tokens;  // [tokens, ROWS] each
   dots<T, ROWS>(rows, a.x, a.x_stride, a.tokens, a.in_features, products, ROWS);
+  dots<T, ROWS>(updates, a.hidden, a.r, a.tokens, a.r, low_rank, ROWS);
   for (int64_t t = 0; t < a.tokens; ++t)
     for (int i = 0; i < ROWS; ++i) {
-      T u = products[t * ROWS + i];
-      for (int64_t j = 0; j < a.r; ++j) u += a.hidden[t * a.r + j] * a.lora_B[(row + i) * a.r + j];
+      T u = products[t * ROWS + i] + low_rank[t * ROWS + i];
       a.y[t * a.out_features + row + i] = a.scale[row + i] * u + (a.bias ? a.bias[row + i] : T(0));
     }
 }

@@ -29,6 +29,7 @@ struct WeightArgs {
   bool norm_known;
   bool minus_weight;  // store (c - 1) weight + c scaling BA: the merged weight less the weight (norm_known only)
   T floor;            // rows below it keep the scale 1 (unit rows: 0)
+  const uint32_t* noise;  // [stored columns]: round a bf16 `out` with a fixed dither; nullptr: to nearest
 };
 
 // The sums of one backward pass with an input x [tokens, in] and a gradient g [tokens, out]:
@@ -45,6 +46,13 @@ struct GradientArgs {
 };
 
 constexpr int64_t kBlock = 32;
+
+// 32 well mixed bits of an index, with the constants of A. Appleby's MurmurHash3 finalizer (public domain)
+static inline uint32_t mixed(uint32_t index) {
+  index = (index ^ (index >> 16)) * 0x85ebca6bu;
+  index = (index ^ (index >> 13)) * 0xc2b2ae35u;
+  return index ^ (index >> 16);
+}
 
 // y = c (base + hidden @ (scaling lora_B)^T) + bias, or with a second base
 // y = base + c u - base_dropped + bias, u = base_dropped + hidden @ (scaling lora_B)^T, u being written over base_dropped.
@@ -107,7 +115,7 @@ struct Kernels {
   // rows [begin, end); partial_A: r * padded(in_features); scratch: 12 * padded(in_features) + 9 * r elements
   void (*direction_rows)(const DirectionArgs<T>&, int64_t begin, int64_t end, T* partial_A, T* scratch);
   void (*compose_tokens)(const ComposeArgs<T>&, int64_t begin, int64_t end);
-  // rows of the weight [begin, end); scratch: 4 * (in_features + tokens) elements
+  // rows of the weight [begin, end); scratch: 4 * (in_features + 2 * tokens) elements
   void (*few_tokens_rows)(const FewTokensArgs<T>&, int64_t begin, int64_t end, T* scratch);
 };
 

@@ -16,6 +16,14 @@ BIDORA_INLINE T scale_of(const WeightArgs<T>& a, int64_t row) {
   return (a.magnitude ? a.magnitude[row] : T(1)) / norm;
 }
 
+template <typename T>
+BIDORA_INLINE void write_merged(const WeightArgs<T>& a, int64_t row, int64_t offset, int64_t count, const T* from) {
+  if (a.noise)
+    write_dithered(a.out, row, offset, count, from, a.noise);
+  else
+    write_row(a.out, row, offset, count, from);
+}
+
 // Runs `use(panel, acc)` over the panels of ROWS rows; the columns beyond the last full panel pass through a padded buffer.
 template <typename T, int ROWS, typename Use>
 BIDORA_INLINE void each_panel(
@@ -26,7 +34,7 @@ BIDORA_INLINE void each_panel(
   for (int64_t p = 0; p < full; ++p) {
     for (int i = 0; i < ROWS; ++i) at[i] = in[i] + p * kPanel<T>;
     // memory and arithmetic overlap badly without it: four rows are too many streams for the processor to foresee
-    for (int i = 0; i < ROWS; ++i) __builtin_prefetch(at[i] + kAhead * kPanel<T>);
+    for (int i = 0; i < ROWS; ++i) prefetch(at[i] + kAhead * kPanel<T>, kPanel<T> * int64_t(sizeof(T)));
     panel_product<T, ROWS>(at, in_scale, left, left_stride, a.panels + p * a.r * kPanel<T>, kPanel<T>, a.r, acc);
     use(p, acc);
   }
@@ -74,7 +82,7 @@ static void weight_row_group(const WeightArgs<T>& a, int64_t row, T* scratch) {
       }
     });
     if (!direct)
-      for (int i = 0; i < ROWS; ++i) write_row(a.out, row + i, 0, a.in_features, out[i]);
+      for (int i = 0; i < ROWS; ++i) write_merged(a, row + i, 0, a.in_features, out[i]);
     return;
   }
   Vector<T> sums[ROWS] = {};
@@ -100,7 +108,7 @@ static void weight_row_group(const WeightArgs<T>& a, int64_t row, T* scratch) {
       for (int64_t k = 0; k < a.in_features; ++k) out[k] = c * v[k];
     } else {
       for (int64_t k = 0; k < a.in_features; ++k) v[k] *= c;
-      write_row(a.out, row + i, 0, a.in_features, v);
+      write_merged(a, row + i, 0, a.in_features, v);
     }
   }
 }
@@ -131,7 +139,7 @@ static void block_squares(
     const char* ahead = p < turn ? here : then;
     for (int i = 0; i < ROWS; ++i) {
       at[i] = in[i] + p * kPanel<T>;
-      __builtin_prefetch(ahead + i * stride + p * panel_bytes);
+      prefetch(ahead + i * stride + p * panel_bytes, panel_bytes);
     }
     panel_product<T, ROWS>(at, nullptr, left, a.r, a.panels + (first + p) * a.r * kPanel<T>, kPanel<T>, a.r, acc);
     for (int i = 0; i < ROWS; ++i) {
@@ -240,7 +248,7 @@ static void weight_columns(const WeightArgs<T>& a, int64_t begin, int64_t end, T
       } else {
         for (int64_t c = 0; c < width; ++c) v[c] *= scale[c];
       }
-      write_row(a.out, k, first, width, v);
+      write_merged(a, k, first, width, v);
     }
   }
 }

@@ -34,15 +34,20 @@ BIDORA_INLINE void panel_product(
   }
 }
 
-// out[j * out_stride + i] = <rows[i], right[j * right_stride + :]>
-template <typename T, int ROWS, int COLS>
+constexpr int64_t kStreamAhead = 2048;  // bytes between a request for memory and its use, in rows that come from it
+
+// out[j * out_stride + i] = <rows[i], right[j * right_stride + :]>; FIRST: nothing has read these rows yet
+template <typename T, int ROWS, int COLS, bool FIRST>
 BIDORA_INLINE void dot_tile(
     const T* const* rows, const T* right, int64_t right_stride, int64_t length, T* out, int64_t out_stride) {
   Vector<T> acc[ROWS][COLS] = {};
   int64_t c = 0;
   for (; c + kLanes<T> <= length; c += kLanes<T>) {
     Vector<T> x[ROWS];
-    for (int i = 0; i < ROWS; ++i) x[i] = load(rows[i] + c);
+    for (int i = 0; i < ROWS; ++i) {
+      x[i] = load(rows[i] + c);
+      if (FIRST) __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + c) + kStreamAhead);
+    }
     for (int j = 0; j < COLS; ++j) {
       Vector<T> m = load(right + j * right_stride + c);
       for (int i = 0; i < ROWS; ++i) acc[i][j] += x[i] * m;
@@ -59,11 +64,16 @@ BIDORA_INLINE void dot_tile(
 template <typename T, int ROWS>
 BIDORA_INLINE void dots(
     const T* const* rows, const T* right, int64_t right_stride, int64_t columns, int64_t length, T* out, int64_t out_stride) {
-  int64_t j = 0;
+  if (columns <= 0) return;
+  int64_t j = columns < 4 ? 1 : 4;
+  if (columns < 4)
+    dot_tile<T, ROWS, 1, true>(rows, right, right_stride, length, out, out_stride);
+  else
+    dot_tile<T, ROWS, 4, true>(rows, right, right_stride, length, out, out_stride);
   for (; j + 4 <= columns; j += 4)
-    dot_tile<T, ROWS, 4>(rows, right + j * right_stride, right_stride, length, out + j * out_stride, out_stride);
+    dot_tile<T, ROWS, 4, false>(rows, right + j * right_stride, right_stride, length, out + j * out_stride, out_stride);
   for (; j < columns; ++j)
-    dot_tile<T, ROWS, 1>(rows, right + j * right_stride, right_stride, length, out + j * out_stride, out_stride);
+    dot_tile<T, ROWS, 1, false>(rows, right + j * right_stride, right_stride, length, out + j * out_stride, out_stride);
 }
 
 template <typename T>

@@ -44,6 +44,11 @@ BIDORA_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Requests the lines of memory that a panel's `bytes` from `p` on are in
+BIDORA_INLINE void prefetch(const void* p, int64_t bytes) {
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
+}
+
 template <typename T>
 BIDORA_INLINE T lane_sum(Vector<T> v) {
   T lanes[kLanes<T>];
@@ -78,6 +83,13 @@ BIDORA_INLINE float from_f16(uint16_t h) {
 BIDORA_INLINE uint16_t to_bf16(float value) {
   uint32_t bits = float_to_bits(value);
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded);
+}
+
+// Away from zero with the probability of the part cut off, `noise` having 16 random low bits
+BIDORA_INLINE uint16_t dithered_bf16(float value, uint32_t noise) {
+  uint32_t bits = float_to_bits(value);
+  uint32_t rounded = (bits + (noise & 0xffffu)) >> 16;
   return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded);
 }
 
@@ -146,6 +158,14 @@ BIDORA_INLINE void write_row(const Matrix& m, int64_t row, int64_t offset, int64
       return;
     }
   }
+}
+
+// The same into bf16 with a fixed dither: noise of the row and of the column, added, is uniform and independent along either
+template <typename T>
+BIDORA_INLINE void write_dithered(const Matrix& m, int64_t row, int64_t offset, int64_t count, const T* from, const uint32_t* noise) {
+  uint16_t* p = static_cast<uint16_t*>(m.data) + row * m.stride + offset;
+  const uint32_t own = mixed(uint32_t(row) ^ 0x9e3779b9u);
+  for (int64_t i = 0; i < count; ++i) p[i] = dithered_bf16(float(from[i]), own + noise[offset + i]);
 }
 
 BIDORA_INLINE int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }

@@ -40,6 +40,39 @@ def test_shapes(out_features: int, in_features: int, r: int, tokens: tuple[int, 
     assert violations(call, run(call, "native")) == []
 
 
+@pytest.mark.parametrize("in_bf16", [True, False])
+@pytest.mark.parametrize("layout", ["rows", "transposed", "strided"])
+@pytest.mark.parametrize(("weights", "tokens"), [(torch.bfloat16, 3), (torch.bfloat16, 40), (torch.float32, 40)], ids=str)
+def test_products_in_bf16(weights: torch.dtype, tokens: int, layout: str, in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bf16 layer, or an fp32 one under autocast, whether the processor has bf16 instructions or not."""
+    monkeypatch.setattr(native, "multiplies_bf16", lambda: in_bf16)
+    dithered, real = [], native.merged_weight
+
+    def watched(*arguments: object, **keywords: object) -> None:
+        dithered.append(arguments[-1])
+        real(*arguments, **keywords)
+
+    monkeypatch.setattr(native, "merged_weight", watched)
+    for detach_norm in (True, False):
+        call = draw(9, 70, 130, 4, (tokens,), weights, layout=layout, detach_norm=detach_norm)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = run(call, "native")
+        assert ours["y"].dtype == torch.bfloat16
+        assert violations(call, ours, torch.bfloat16) == []
+    assert set(dithered) == {in_bf16}
+
+
+def test_precise_and_dropout_passes_stay_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for in_bf16 in (True, False):
+        monkeypatch.setattr(native, "multiplies_bf16", lambda in_bf16=in_bf16: in_bf16)
+        call = draw(9, 70, 130, 4, (40,), torch.bfloat16)
+        dropped = draw(9, 70, 130, 4, (40,), torch.bfloat16, dropped=True)
+        found.append([run(call, "native", precise=True), run(dropped, "native")])
+    for ours, other in zip(*found, strict=True):
+        assert all(torch.equal(ours[name], other[name]) for name in ours)
+
+
 @pytest.mark.parametrize("shape", [(24, 40, 3, (0,)), (24, 40, 3, (2, 0)), (0, 40, 3, (5,)), (24, 0, 3, (5,)), (24, 40, 0, (5,))])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_empty(shape: tuple[int, int, int, tuple[int, ...]], dropped: bool) -> None:

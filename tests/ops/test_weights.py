@@ -134,6 +134,70 @@ def test_merging_keeps_the_layout_of_a_transposed_weight() -> None:
     assert merged.t().is_contiguous()
 
 
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+@pytest.mark.parametrize("norm_known", [False, True])
+def test_fixed_dither(layout: str, norm_known: bool) -> None:
+    """Every element is one of its two neighbours in bf16, the farther one as often as the nearer one is near."""
+    call = draw(6, 200, 300, 5, layout=layout)
+    norm = bk.reference.weight_norm(call.weight, call.lora_A, call.lora_B, call.scaling)
+    exact, dithered, nearest = (torch.empty_like(call.weight, dtype=d) for d in (torch.float32, torch.bfloat16, torch.bfloat16))
+    for out, dither in ((exact, False), (dithered, True), (nearest, False)):
+        native.merged_weight(
+            call.weight, call.lora_A, call.lora_B, call.magnitude, call.scaling, norm.clone(), out, norm_known, False, dither
+        )
+    assert torch.equal(nearest, exact.bfloat16())
+    size = exact.double().abs()
+    step = torch.exp2(size.log2().floor() - 7)  # bf16 has seven bits after the leading one
+    cut_off = size / step - (size / step).floor()
+    up = (dithered.double().abs() / step - (size / step).floor()).round()
+    assert bool(((up == 0) | (up == 1)).all())
+    assert torch.equal(dithered.sign(), exact.sign().bfloat16())
+    error = up - cut_off  # of mean 0 and variance p (1 - p), one sixth
+    assert abs(error.mean()) < 4 * (1 / 6 / error.numel()) ** 0.5
+    for dim in (0, 1):  # nor does a row or a column lean to one side, as noise shared along it would make it
+        means = error.mean(dim)
+        assert means.square().mean() < 1.3 / 6 / error.shape[dim]
+    again = torch.empty_like(dithered)
+    native.merged_weight(
+        call.weight, call.lora_A, call.lora_B, call.magnitude, call.scaling, norm.clone(), again, norm_known, False, True
+    )
+    assert torch.equal(again, dithered)
+
+
+def test_dither_lets_a_small_change_through() -> None:
+    """Of an update far below half a unit in the last place the share that survives in the product is one, not none."""
+    call = draw(7, 96, 256, 8, dtype=torch.bfloat16)
+    x, zero = (
+        torch.randn(256, 400, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+        torch.zeros_like(call.lora_B),
+    )
+    norm, small = call.weight.float().norm(dim=1), 1e-4 * call.lora_B
+
+    def product(lora_B: Tensor, dither: bool) -> Tensor:
+        out = torch.empty_like(call.weight)
+        native.merged_weight(call.weight, call.lora_A, lora_B, norm, call.scaling, norm.clone(), out, True, False, dither)
+        return out.double() @ x
+
+    exact = (call.scaling * (small.double() @ call.lora_A.double())) @ x
+
+    def surviving(dither: bool) -> float:
+        change = product(small, dither) - product(zero, dither)
+        return float((change * exact).sum() / exact.square().sum())
+
+    assert surviving(False) < 0.2
+    assert abs(surviving(True) - 1.0) < 0.3
+
+
+def test_a_dither_does_not_lose_what_is_not_finite() -> None:
+    weight = torch.ones(4, 8)
+    weight[0, 0], weight[1, 1], weight[2, 2] = float("inf"), -float("inf"), float("nan")
+    out, norm = torch.empty(4, 8, dtype=torch.bfloat16), torch.ones(4)
+    native.merged_weight(weight, torch.zeros(1, 8), torch.zeros(4, 1), norm, 1.0, norm, out, True, False, True)
+    assert torch.equal(out[0, :2], torch.tensor([torch.inf, 1.0], dtype=torch.bfloat16))
+    assert out[1, 1] == -torch.inf
+    assert bool(out[2, 2].isnan())
+
+
 def test_the_gram_cache_follows_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     orthogonality.clear_gram_cache()
     call = draw(6)

@@ -24,6 +24,8 @@ from .ops import orthogonality as _orthogonality
 from .ops import quantized as _quantized
 from .ops import weight_norm as _weight_norm
 from .ops._context import DirectionPoint, PassMode, current_mode
+from .ops._native_plan import FEW_TOKENS as FEW_TOKENS
+from .ops.decode import Decode as Decode
 
 
 def _frozen(weight: Tensor) -> Tensor:

@@ -105,6 +105,7 @@ class FusedDoraLinear(nn.Module):
         ] = []  # the original weight while merged; in a list so that it is no parameter of the module
         self._norm_cache: tuple[Tensor, tuple[Any, ...]] | None = None
         self._merged_cache: tuple[tuple[Tensor, Tensor], tuple[Any, ...]] | None = None
+        self._decode: functional.Decode | None = None
         self._forward_mode: context.PassMode | None = None
         self.reset_adapter()
 
@@ -174,6 +175,8 @@ class FusedDoraLinear(nn.Module):
             return self._merged_forward(x)
         if torch.compiler.is_compiling():
             return self._dora_forward(x)
+        if self._decode is not None and (y := self._decode(x, self._parameters, self.scaling)) is not None:
+            return y
         seen = self._forward_mode
         if seen is not None and context.inside_backward():
             with context.adopt_mode(seen):  # a checkpointed segment's recomputation
@@ -192,6 +195,8 @@ class FusedDoraLinear(nn.Module):
             merged, norm = self._kept_merged(x)
         if merged is None and not self.training:
             norm = self._cached_norm()
+            if not torch.compiler.is_compiling():
+                self._decode = self._prepared_decode(x, norm)
         return functional.dora_linear(
             x, weight, lora_A, lora_B, self.magnitude, scaling, self.bias, x_dropped, self.detach_norm, norm=norm, merged=merged,
             plan=self.forced_plan,
@@ -220,7 +225,7 @@ class FusedDoraLinear(nn.Module):
         dtype = reference.matmul_dtype(x, self.weight, context.current_mode().precise)
         if not self.plan(x.numel() // max(1, self.in_features), dtype).kept:
             return None, None
-        key = self._state(self.weight, self.lora_A, self.lora_B, self.magnitude, dtype)
+        key = self._state(self.weight, self.lora_A, self.lora_B, self.magnitude, self.scaling, dtype)
         if key is None:
             return None, None
         if self._merged_cache is None or not _same_state(self._merged_cache[1], key):
@@ -250,13 +255,24 @@ class FusedDoraLinear(nn.Module):
         """The norms where they are constants of an eval-mode pass, computed once per state of the parameters; else None."""
         if not self._norm_is_constant():
             return None
-        key = self._state(self.weight, self.lora_A, self.lora_B)
+        key = self._state(self.weight, self.lora_A, self.lora_B, self.scaling)
         if key is None:
             return None
         if self._norm_cache is None or not _same_state(self._norm_cache[1], key):
             with torch.inference_mode(False), torch.no_grad():
                 self._norm_cache = (functional.weight_norm(*self._stored_terms()), key)
         return self._norm_cache[0]
+
+    def _prepared_decode(self, x: Tensor, norm: Tensor | None) -> functional.Decode | None:
+        """What later calls with few tokens take instead of the way through here, where there is such a thing."""
+        held, ready = self._parameters, self._decode
+        if x.numel() > functional.FEW_TOKENS * self.in_features or (ready is not None and ready.is_current(held, self.scaling)):
+            return ready
+        unusual = torch.is_grad_enabled() or quantized.format_of(self.weight) is not None
+        if norm is None or unusual or any(p is not None and (p.is_inference() or not p.is_cpu) for p in held.values()):
+            return None
+        decode = functional.Decode(held, *self._stored_terms()[:3], self.magnitude, self.bias, self.scaling, norm)
+        return decode if decode.most else None
 
     def _norm_is_constant(self) -> bool:
         mode = context.current_mode()
@@ -266,7 +282,7 @@ class FusedDoraLinear(nn.Module):
 
     def clear_cache(self) -> None:
         """Drop what is kept between passes; needed only after a write through `.data` from outside this library."""
-        self._norm_cache = self._merged_cache = None
+        self._norm_cache = self._merged_cache = self._decode = None
 
     def train(self, mode: bool = True) -> FusedDoraLinear:
         """As `nn.Module.train`; also drops what is kept between passes."""

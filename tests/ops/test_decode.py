@@ -1,0 +1,242 @@
+"""A call with few tokens takes the short way only while everything is as it was, and gives the same numbers there."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import bidora_kernels as bk
+from bidora_kernels import native
+from bidora_kernels.bilevel.flat import FlatParameters
+from bidora_kernels.ops import decode as decode_module
+
+pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
+
+
+def made(bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0) -> bk.FusedDoraLinear:
+    torch.manual_seed(seed)
+    layer = bk.FusedDoraLinear.from_linear(nn.Linear(40, 24, bias=bias, dtype=dtype), r=3)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        layer.magnitude.mul_(1.5)
+    return layer.eval()
+
+
+def exact(layer: bk.FusedDoraLinear, x: Tensor) -> Tensor:
+    weight, lora_A, lora_B, scaling = layer.direction_terms()
+    bias = None if layer.bias is None else layer.bias.double()
+    factors = (t.double() for t in (lora_A, lora_B, layer.magnitude))
+    return bk.reference.dora_linear(x.double(), weight.double(), *factors, scaling, bias)
+
+
+@pytest.fixture
+def short_ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each look at the short way, whether it served."""
+    seen: list[bool] = []
+    real = decode_module.Decode.__call__
+
+    def watched(self: Any, *arguments: Any) -> Tensor | None:
+        y = real(self, *arguments)
+        seen.append(y is not None)
+        return y
+
+    monkeypatch.setattr(decode_module.Decode, "__call__", watched)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 40), (40,), (2, 3, 40), (16, 40)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_second_call_gives_the_firsts_numbers(
+    dtype: torch.dtype, shape: tuple[int, ...], bias: bool, short_ways: list[bool]
+) -> None:
+    layer, x = made(bias, dtype), torch.randn(shape).to(dtype)
+    with torch.no_grad():
+        first, second, third = layer(x), layer(x), layer(x.flip(-1).flip(-1))
+    assert short_ways == [True, True]
+    assert second.dtype == dtype
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    torch.testing.assert_close(second.double(), exact(layer, x), rtol=4 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+
+
+def set_(name: str) -> Callable[[bk.FusedDoraLinear], None]:
+    def change(layer: bk.FusedDoraLinear) -> None:
+        with torch.no_grad():
+            getattr(layer, name).mul_(1.25)
+
+    return change
+
+
+def replace(name: str) -> Callable[[bk.FusedDoraLinear], None]:
+    def change(layer: bk.FusedDoraLinear) -> None:
+        setattr(layer, name, nn.Parameter(getattr(layer, name).detach() * 1.25, requires_grad=False))
+
+    return change
+
+
+def storage(layer: bk.FusedDoraLinear) -> None:
+    layer.magnitude.data = layer.magnitude.data * 1.25
+
+
+def rescaled(layer: bk.FusedDoraLinear) -> None:
+    layer.scaling *= 2.0
+
+
+def loaded(layer: bk.FusedDoraLinear) -> None:
+    layer.load_state_dict({name: value * 1.25 for name, value in layer.state_dict().items()})
+
+
+def without_bias(layer: bk.FusedDoraLinear) -> None:
+    layer.bias = None
+
+
+def through_flat_buffers(layer: bk.FusedDoraLinear) -> None:
+    buffers = FlatParameters([layer.lora_A, layer.lora_B])
+    layer(torch.randn(1, 40))
+    buffers.set([buffer * 1.5 for buffer in buffers.buffers])
+
+
+def in_fp64(layer: bk.FusedDoraLinear) -> None:
+    layer.double().float()
+    with torch.no_grad():
+        layer.magnitude.mul_(0.5)
+
+
+CHANGES = {
+    **{f"{name} written in place": set_(name) for name in ("weight", "lora_A", "lora_B", "magnitude", "bias")},
+    **{f"{name} replaced": replace(name) for name in ("weight", "lora_A", "lora_B", "magnitude", "bias")},
+    "a storage replaced": storage, "scaling": rescaled, "another state": loaded, "no bias": without_bias,
+    "a write past the counters": through_flat_buffers, "cast there and back": in_fp64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(CHANGES))
+def test_a_change_is_noticed_and_the_way_found_again(what: str, short_ways: list[bool]) -> None:
+    layer, x = made(), torch.randn(2, 40)
+    with torch.no_grad():
+        before = [layer(x), layer(x)][1]
+        CHANGES[what](layer)
+        short_ways.clear()
+        after, again = layer(x), layer(x)
+    assert short_ways in ([False, True], [True])  # stale, or dropped already
+    assert not torch.allclose(after, before, rtol=1e-3)
+    torch.testing.assert_close(after.double(), exact(layer, x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(after, again)
+
+
+def test_a_state_that_is_not_looked_at_would_be_seen(monkeypatch: pytest.MonkeyPatch, short_ways: list[bool]) -> None:
+    monkeypatch.setattr(decode_module.Decode, "is_current", lambda *arguments: True)
+    for what in ("magnitude written in place", "weight replaced", "scaling", "a write past the counters"):
+        with pytest.raises(AssertionError):
+            test_a_change_is_noticed_and_the_way_found_again(what, short_ways)
+
+
+def test_a_merged_and_a_training_layer_do_not_take_it(short_ways: list[bool]) -> None:
+    layer, x = made(), torch.randn(1, 40)
+    with torch.no_grad():
+        y = [layer(x), layer(x)][1]
+        layer.merge()
+        torch.testing.assert_close(layer(x), y)
+        layer.unmerge()
+        assert torch.equal(layer(x), y)
+    assert short_ways == [True]
+    layer.train()
+    layer(x).sum().backward()
+    assert layer.magnitude.grad is not None
+
+
+@pytest.mark.parametrize("mode", ["grad", "autocast", "precise", "reference", "dispatch mode", "vmap", "many tokens", "strided"])
+def test_other_calls_go_the_long_way(mode: str, short_ways: list[bool]) -> None:
+    layer, x = made(), torch.randn(2, 40)
+    with torch.no_grad():
+        y = [layer(x), layer(x)][1]
+    short_ways.clear()
+    if mode == "grad":
+        out = layer(x)
+        assert out.requires_grad
+        out.sum().backward()
+        assert layer.lora_A.grad is not None
+    with torch.no_grad():
+        if mode == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                assert layer(x).dtype == torch.bfloat16
+        elif mode == "precise":
+            with bk.pass_mode(precise=True):
+                layer(x)
+        elif mode == "reference":
+            with bk.use_backend("reference"):
+                torch.testing.assert_close(layer(x), y)
+        elif mode == "dispatch mode":
+            with FlopCounterMode(display=False):
+                assert torch.equal(layer(x), y)
+        elif mode == "vmap":
+            torch.testing.assert_close(torch.vmap(layer)(x), y)
+        elif mode == "many tokens":
+            many = torch.randn(300, 40)
+            torch.testing.assert_close(layer(many).double(), exact(layer, many), rtol=1e-5, atol=1e-5)
+        elif mode == "strided":  # served: a copy is made
+            assert torch.equal(layer(x.repeat_interleave(2, 1)[:, ::2]), y)
+    assert short_ways == [mode == "strided"]
+
+
+@pytest.mark.parametrize(
+    "x", [torch.randn(2, 41), torch.ones(2, 40, dtype=torch.int64), torch.randn(2, 40, device="meta")], ids=repr
+)
+def test_wrong_inputs_raise_as_on_the_long_way(x: Tensor) -> None:
+    layer, messages = made(), []
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises((TypeError, ValueError)) as caught:
+            layer(x)
+        messages.append(str(caught.value))
+        with torch.no_grad():
+            layer(torch.randn(1, 40))
+    assert messages[0] == messages[1]
+
+
+def test_no_token_at_all() -> None:
+    layer = made()
+    with torch.no_grad():
+        for _ in range(2):
+            layer(torch.randn(1, 40))
+            assert layer(torch.empty(0, 40)).shape == (0, 24)
+
+
+def test_under_inference_mode() -> None:
+    layer, x = made(), torch.randn(1, 40)
+    with torch.inference_mode():
+        first, second = layer(x), layer(x)
+    assert torch.equal(first, second)
+    with torch.no_grad():
+        assert torch.equal(layer(x), first)
+    made_there = torch.inference_mode()(made)()
+    with torch.inference_mode():
+        assert torch.equal(made_there(x), made_there(x))
+
+
+def test_a_copy_has_a_way_of_its_own(short_ways: list[bool]) -> None:
+    layer, x = made(), torch.randn(1, 40)
+    with torch.no_grad():
+        y = [layer(x), layer(x)][1]
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            twin.magnitude.mul_(2.0)
+            torch.testing.assert_close(twin(x).double(), exact(twin, x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(twin(x).double(), exact(twin, x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer(x), y)
+
+
+def test_a_compiled_layer(short_ways: list[bool]) -> None:
+    layer, x = made(), torch.randn(2, 40)
+    with torch.no_grad():
+        y = [layer(x), layer(x)][1]
+        short_ways.clear()
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), y)
+    assert short_ways == []

@@ -54,6 +54,14 @@ CHEAPER = {
     "Sama, horizon 5, max_ratio 1, validation 1/4, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.25, 0.5),
 }
 
+WIDTH = 2 + max(map(len, (*ESTIMATORS, *CHEAPER)))
+SHOWN = (
+    *list(ESTIMATORS)[:4],
+    "Sama, horizon 5, max_ratio 1",
+    "Sama, horizon 5, max_ratio 1, difference 1/2",
+    "Sama, horizon 10",
+)
+
 
 def part_of(batch: Batch, share: float) -> Batch:
     """The first rows of a batch."""
@@ -193,7 +201,7 @@ def _rows(
                 "truth_off_when_rerun": check if steps == max(arguments.steps) else None,
             }  # fmt: skip
             print(
-                f"{lr:7.0e}  {stage:5d}  {draw:4d}  {steps:3d}  {name:32s}  {row['truth_second_over_direct']:11.1e}  "
+                f"{lr:7.0e}  {stage:5d}  {draw:4d}  {steps:3d}  {name:{WIDTH}s}  {row['truth_second_over_direct']:11.1e}  "
                 f"{row['second_cosine']:7.3f}  {row['second_ratio']:8.2e}  "
                 f"{row['whole_cosine']:7.3f}  {row['whole_ratio']:7.2f}  {row['whole_error']:7.2f}",
                 flush=True,
@@ -226,22 +234,46 @@ def states(rows: list[dict[str, Any]]) -> list[str]:
         ]
         lines.append(f"| {draw[0]:g}, {draw[1]}, {draw[2]} | {truth} | {' | '.join([*lengths, *cosines])} |")
     lines += ["", "Relative error of the whole hypergradient", ""]
-    lines.append(f"| learning rate, step, draw | K | {' | '.join(list(ESTIMATORS)[:6])} |")
-    lines.append("|---" * 8 + "|")
+    lines.append(f"| learning rate, step, draw | K | {' | '.join(SHOWN)} |")
+    lines.append("|---" * (len(SHOWN) + 2) + "|")
     for draw in draws:
         for k in ks:
-            errors = [f"{found[(*draw, k, name)]['whole_error']:.3f}" for name in list(ESTIMATORS)[:6]]
+            errors = [f"{found[(*draw, k, name)]['whole_error']:.3f}" for name in SHOWN]
             lines.append(f"| {draw[0]:g}, {draw[1]}, {draw[2]} | {k} | {' | '.join(errors)} |")
+    return [*lines, ""]
+
+
+def against_first_order(rows: list[dict[str, Any]]) -> list[str]:
+    """Each estimator's error against the most real steps as a share of the first order's, over the draws after step 0."""
+    most = max(row["K"] for row in rows)
+    errors: dict[str, dict[tuple[Any, ...], float]] = {}
+    for row in rows:
+        if row["K"] == most and row["stage"] > 0:
+            errors.setdefault(row["estimator"], {})[row["lr"], row["stage"], row["draw"]] = row["whole_error"]
+    if not errors:
+        return []
+    first = errors["first order"]
+    lines = [
+        f"Error of the whole hypergradient against {most} real steps over the first order's, {len(first)} draws after step 0",
+        f"{'':{WIDTH}s}{'geometric mean':>16s}{'nearer in':>11s}{'best':>7s}{'worst':>7s}{'mean error':>12s}",
+    ]
+    for name, own in errors.items():
+        shares = [own[draw] / first[draw] for draw in first]
+        mean = math.exp(statistics.fmean(math.log(share) for share in shares))
+        lines.append(
+            f"{name:{WIDTH}s}{mean:16.2f}{sum(share < 1 for share in shares) if name != 'first order' else '-':>11}"
+            f"{min(shares):7.2f}{max(shares):7.2f}{statistics.fmean(own.values()):12.3f}"
+        )
     return [*lines, ""]
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Medians over draws and states, by learning rate and K; and where a longer horizon is worse than none."""
-    lines = states(rows)
+    lines = [*states(rows), *against_first_order(rows)]
     for lr in sorted({row["lr"] for row in rows}):
         ks = sorted({row["K"] for row in rows})
         lines.append(f"lr {lr:g}: whole hypergradient against K real steps, median cosine / relative error; states after step 0")
-        lines.append(f"{'':34s}" + "".join(f"{f'K = {k}':>16s}" for k in ks))
+        lines.append(" " * WIDTH + "".join(f"{f'K = {k}':>16s}" for k in ks))
         for name in dict.fromkeys(row["estimator"] for row in rows):
             cells = ""
             for k in ks:
@@ -249,7 +281,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 if own:
                     middle = [statistics.median(r[key] for r in own) for key in ("whole_cosine", "whole_error")]
                     cells += f"{f'{middle[0]:.3f} / {middle[1]:.2f}':>16s}"
-            lines.append(f"{name:34s}{cells}")
+            lines.append(f"{name:{WIDTH}s}{cells}")
         lines.append("")
     key = ("lr", "stage", "draw", "K")
     first = {tuple(r[k] for k in key): r["whole_error"] for r in rows if r["estimator"] == "first order"}
@@ -291,7 +323,7 @@ def main() -> None:
     if arguments.table:
         print("\n".join(table([row for row in rows if row["norm"] == arguments.norm])))
         return
-    print(f"{'lr':>7s}  {'step':>5s}  {'draw':>4s}  {'K':>3s}  {'estimator':32s}  {'|2nd|/|1st|':>11s}  {'cos 2nd':>7s}  "
+    print(f"{'lr':>7s}  {'step':>5s}  {'draw':>4s}  {'K':>3s}  {'estimator':{WIDTH}s}  {'|2nd|/|1st|':>11s}  {'cos 2nd':>7s}  "
           f"{'ratio':>8s}  {'cos h':>7s}  {'ratio':>7s}  {'error':>7s}")  # fmt: skip
     done = {(row["lr"], row["stage"], row["draw"], row["norm"]) for row in rows}
     for lr in arguments.lrs:

@@ -109,8 +109,8 @@ class ForwardDifference(Estimator):
     """q(w) = (grad_M L_train(V + e w, M) - grad_M L_train(V, M)) / e: one pass fewer than eq. 8.
 
     Passes: one more over the train batch, of the magnitudes' gradient only: the gradient at V comes with the lower pass on the
-    same rows (with a `difference_batch` it is computed again on that part). Memory: w, a second copy of the directions and one
-    gradient of the magnitudes; no graph is kept between passes. Error O(e). `relative_radius` as in
+    same rows (where `difference_batch` is a callable it is computed again on that part). Memory: w, a second copy of the
+    directions and one gradient of the magnitudes; no graph is kept between passes. Error O(e). `relative_radius` as in
     `CentralDifference`. The right choice nearly always.
     """
 

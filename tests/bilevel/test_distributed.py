@@ -28,6 +28,8 @@ SHARDED = [
     bk.Sama(max_ratio=0.01), bk.Sama(), bk.FirstOrder(), bk.ForwardDifference(), bk.CentralDifference(),
     bk.ConjugateGradient(iterations=2, damping=1.0),
 ]  # fmt: skip
+HALF: dict[str, Any] = {"difference_batch": 0.5}
+HALVED = [bk.Sama(), bk.ForwardDifference(), bk.CentralDifference()]
 REFUSED = [
     bk.DoubleBackward(), bk.ForwardMode(), bk.Sama(bk.DoubleBackward()), bk.Neumann(difference=bk.DoubleBackward()),
 ]  # fmt: skip
@@ -38,7 +40,9 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(2, 40, (4, 7), generator=generator), torch.randint(3, (4,), generator=generator)
 
 
-def two_steps(estimator: Any, train: Any, validation: Any, wrap: Any = None, lower: Any = torch.optim.SGD) -> tuple[Any, Any]:
+def two_steps(
+    estimator: Any, train: Any, validation: Any, wrap: Any = None, lower: Any = torch.optim.SGD, **options: Any
+) -> tuple[Any, Any]:
     model = small_bert()
     direction, magnitude = bk.split_parameters(model)
     wrapped = model if wrap is None else wrap(model)
@@ -46,7 +50,7 @@ def two_steps(estimator: Any, train: Any, validation: Any, wrap: Any = None, low
         direction, magnitude = bk.split_parameters(model)  # fully_shard puts other parameters in their place
     optimizer = bk.BilevelOptimizer(
         wrapped, lower=lower(direction, lr=1e-2), upper=torch.optim.AdamW(magnitude, lr=1e-2), estimator=estimator,
-        lower_max_norm=0.5,
+        lower_max_norm=0.5, **options,
     )  # fmt: skip
     for _ in range(2):
         if wrap is shard:
@@ -73,6 +77,8 @@ def process(rank: int, port: int, folder: str) -> None:
     found["ddp"] = [two_steps(e, train, validation, torch.nn.parallel.DistributedDataParallel) for e in ESTIMATORS]
     found["fsdp, SGD"] = [two_steps(e, train, validation, shard) for e in SHARDED]
     found["fsdp, AdamW"] = [two_steps(e, train, validation, shard, torch.optim.AdamW) for e in SHARDED[:2]]
+    found["ddp, half"] = [two_steps(e, train, validation, torch.nn.parallel.DistributedDataParallel, **HALF) for e in HALVED]
+    found["fsdp, half"] = [two_steps(e, train, validation, shard, **HALF) for e in HALVED]
     refusals = [refusal(estimator=estimator) for estimator in REFUSED]
     refusals += [refusal(penalty=bk.OrthogonalPenalty(0.1)), refusal(grad_scaler=torch.amp.GradScaler("cpu"))]
     failed_step_changes_nothing(train, validation)
@@ -136,5 +142,16 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
             for key, number in numbers.items():
                 alone = getattr(stats, key)
                 assert (number == alone) if alone is None else (number == pytest.approx(alone, rel=1e-5)), (estimator, name, key)
+    ids, labels = batch(1)
+    halves = bk.MicroBatches(
+        [(ids[row : row + 1], labels[row : row + 1]) for row in (0, 2, 1, 3)]
+    )  # each process's first row first
+    for name in ("ddp, half", "fsdp, half"):
+        for estimator, (values, numbers), (other, _) in zip(HALVED, first[name], second[name], strict=True):
+            assert torch.equal(values, other), f"the processes part with {estimator}, {name}"
+            wanted, stats = two_steps(estimator, halves, batch(2), **HALF)
+            assert error(values - start, wanted - start) < 1e-5, (estimator, name)
+            assert numbers["second_order_norm"] == pytest.approx(stats.second_order_norm, rel=1e-5)
+            assert numbers["train_loss"] == pytest.approx(stats.train_loss, rel=1e-9)
     assert all("differentiates twice" in text for text in refusals[:4])
     assert ["penalty is not supported" in refusals[4], "grad_scaler is not supported" in refusals[5]] == [True, True]

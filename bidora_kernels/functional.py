@@ -26,6 +26,7 @@ from .ops import weight_norm as _weight_norm
 from .ops._context import DirectionPoint, PassMode, current_mode
 from .ops._native_plan import FEW_TOKENS as FEW_TOKENS
 from .ops.decode import Decode as Decode
+from .ops.decode import may_decode as may_decode
 
 
 def _frozen(weight: Tensor) -> Tensor:

@@ -46,9 +46,9 @@ class FusedDoraLinear(nn.Module):
     the micro-batches of a step or those of inference: above 1 the triton backend may keep the merged weight between passes, at
     the price of its memory. `forced_plan` ("auto") names a plan instead: "activation" or "weight".
 
-    In eval mode the norms are cached. The caches notice in-place writes that autograd counts, replaced tensors,
-    `load_state_dict`, `.to()` and this library's own flat buffers; a write through `.data` by somebody else cannot be seen: call
-    `clear_cache()`.
+    In eval mode the norms are cached, for few tokens on a CPU the scales and the bias too. The caches notice in-place writes that
+    autograd counts, replaced tensors, `load_state_dict`, `.to()` and this library's own flat buffers; a write through `.data` by
+    somebody else cannot be seen: call `clear_cache()`.
     """
 
     reuse: int = 1
@@ -100,9 +100,8 @@ class FusedDoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
         self.magnitude = nn.Parameter(torch.empty(self.out_features, **options))
-        self._unmerged: list[
-            nn.Parameter
-        ] = []  # the original weight while merged; in a list so that it is no parameter of the module
+        # the original weight while merged; in a list so that it is no parameter of the module
+        self._unmerged: list[nn.Parameter] = []
         self._norm_cache: tuple[Tensor, tuple[Any, ...]] | None = None
         self._merged_cache: tuple[tuple[Tensor, Tensor], tuple[Any, ...]] | None = None
         self._decode: functional.Decode | None = None
@@ -175,15 +174,15 @@ class FusedDoraLinear(nn.Module):
             return self._merged_forward(x)
         if torch.compiler.is_compiling():
             return self._dora_forward(x)
-        if self._decode is not None and (y := self._decode(x, self._parameters, self.scaling)) is not None:
-            return y
         seen = self._forward_mode
         if seen is not None and context.inside_backward():
             with context.adopt_mode(seen):  # a checkpointed segment's recomputation
                 return self._dora_forward(x)
-        mode = context.current_mode()
-        if seen is not mode:
+        if seen is not (mode := context.current_mode()):
             self._forward_mode = mode
+        decode = None if self.training else self._decode
+        if decode is not None and (y := decode(x, self._parameters, self.scaling, mode)) is not None:
+            return y
         return self._dora_forward(x)
 
     def _dora_forward(self, x: Tensor) -> Tensor:
@@ -266,13 +265,11 @@ class FusedDoraLinear(nn.Module):
     def _prepared_decode(self, x: Tensor, norm: Tensor | None) -> functional.Decode | None:
         """What later calls with few tokens take instead of the way through here, where there is such a thing."""
         held, ready = self._parameters, self._decode
-        if x.numel() > functional.FEW_TOKENS * self.in_features or (ready is not None and ready.is_current(held, self.scaling)):
+        if (ready is not None and ready.is_current(held, self.scaling)) or x.numel() > functional.FEW_TOKENS * self.in_features:
             return ready
-        unusual = torch.is_grad_enabled() or quantized.format_of(self.weight) is not None
-        if norm is None or unusual or any(p is not None and (p.is_inference() or not p.is_cpu) for p in held.values()):
-            return None
-        decode = functional.Decode(held, *self._stored_terms()[:3], self.magnitude, self.bias, self.scaling, norm)
-        return decode if decode.most else None
+        terms, usual = (*self._stored_terms()[:3], self.magnitude, self.bias), quantized.format_of(self.weight) is None
+        may = norm is not None and not torch.is_grad_enabled() and usual and functional.may_decode(held, self.weight, *terms[1:])
+        return functional.Decode(held, *terms, self.scaling, norm) if may and norm is not None else None
 
     def _norm_is_constant(self) -> bool:
         mode = context.current_mode()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-PLAIN = (str, bytes, int, float, complex, type(None))
+PLAIN = (str, bytes, int, float, complex, type(None), torch.Size)
 REMEDY = "give MicroBatches, or a callable that returns the part"
 
 
@@ -49,8 +52,10 @@ def first_share(batch: Any, share: float) -> tuple[MicroBatches, MicroBatches]:
     """The batch in parts, and the first of them, which hold that share of it.
 
     Of micro-batches whole parts are taken, as few as weigh the share. Another batch is cut by rows, `round(share * rows)` of them
-    and at least one: tensors along their first dimension, and lists or tuples of as many plain values; mappings, lists and tuples
-    of such things are gone through, single plain values are in both parts. Where the share is all rows there is one part.
+    and at least one: tensors along their first dimension, lists and tuples without tensors by their items; mappings, lists and
+    tuples of such things are gone through, single plain values are in both parts. There is one part, the whole batch, where the
+    share is all rows, and where a mapping's "labels" are whole numbers in two dimensions or more: then the loss is a mean over
+    tokens, which the rows do not share evenly.
 
     Raises TypeError for a batch with anything else in it and ValueError for parts of unequal length.
     """
@@ -60,12 +65,19 @@ def first_share(batch: Any, share: float) -> tuple[MicroBatches, MicroBatches]:
             reached += batch.weights[count]
             count += 1
         return batch, MicroBatches(batch.batches[:count], batch.weights[:count])
+    if _is_mean_over_tokens(batch):
+        return MicroBatches([batch]), MicroBatches([batch])
     rows = _rows(batch)
     first = max(1, round(share * rows))
     if first == rows:
         return MicroBatches([batch]), MicroBatches([batch])
     parts = [_cut(batch, operator.itemgetter(cut)) for cut in (slice(0, first), slice(first, rows))]
     return MicroBatches(parts, [first, rows - first]), MicroBatches(parts[:1])
+
+
+def _is_mean_over_tokens(batch: Any) -> bool:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
 
 
 def _rows(batch: Any) -> int:
@@ -90,21 +102,29 @@ def _rows(batch: Any) -> int:
 
 
 def _cut(batch: Any, take: Callable[[Any], Any]) -> Any:
-    """The same structure with `take` of every tensor and of every sequence of plain values."""
-    if isinstance(batch, Tensor):
+    """The same structure with `take` of every tensor and of every sequence without tensors."""
+    if isinstance(batch, Tensor) and batch.layout is torch.strided and not batch.is_nested:
         return take(batch) if batch.ndim else batch
     if isinstance(batch, PLAIN):
         return batch
     if isinstance(batch, Mapping):
         items = {key: _cut(value, take) for key, value in batch.items()}
-        if not isinstance(batch, MutableMapping):
-            return items
-        same = copy.copy(batch)
-        same.update(items)
+        if isinstance(batch, UserDict):
+            return type(batch)(items)
+        same = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        for key, value in items.items():
+            same[key] = value
         return same
-    if isinstance(batch, list | tuple):
-        if batch and all(isinstance(item, PLAIN) for item in batch):
+    if isinstance(batch, tuple) and hasattr(batch, "_fields") and not isinstance(batch, PackedSequence):
+        return type(batch)(*(_cut(item, take) for item in batch))
+    if type(batch) in (list, tuple):
+        if batch and _has_no_tensor(batch):
             return take(batch)
-        each = [_cut(item, take) for item in batch]
-        return type(batch)(*each) if hasattr(batch, "_fields") else type(batch)(each)
+        if not any(isinstance(item, Mapping) for item in batch):
+            return type(batch)(_cut(item, take) for item in batch)
     raise TypeError(f"a batch of which a share is taken must hold tensors and plain values, got {type(batch).__name__}: {REMEDY}")
+
+
+def _has_no_tensor(value: Any) -> bool:
+    """Whether it is a plain value, or lists and tuples of nothing else."""
+    return isinstance(value, PLAIN) or (type(value) in (list, tuple) and all(map(_has_no_tensor, value)))

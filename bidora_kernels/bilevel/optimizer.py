@@ -39,10 +39,10 @@ class BilevelOptimizer:
     what the passes compute in, for the differences' radius; None takes what the DoRA layers saw, else the parameters' dtype.
     difference_batch: what the second-order term's passes use of the train batch, None for all of it. A share, as 0.5: its first
     rows (keep them in random order) or MicroBatches, and the lower pass of an upper step takes it in two parts, weighted by rows:
-    the loss must be a mean over rows. A callable train batch -> part: any part, at the price of a base pass of its own.
-    process_group: average over its processes; under DistributedDataParallel the default group is taken. Under FSDP2
-    (`fully_shard` before the optimizers are made) every process holds its shards; estimators that differentiate twice, a penalty
-    and a grad_scaler are refused there.
+    the loss must be a mean over rows (a dict with token labels, whose is not, is left whole). A callable train batch -> part: any
+    part, at the price of a base pass of its own. process_group: average over its processes; under DistributedDataParallel the
+    default group is taken. Under FSDP2 (`fully_shard` before the optimizers are made) every process holds its shards; estimators
+    that differentiate twice, a penalty and a grad_scaler are refused there.
 
     The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
     anything raises changes nothing. After a step `.grad` is None. Random numbers: the train pass runs from the current state, the
@@ -79,8 +79,7 @@ class BilevelOptimizer:
         self.lower_scheduler, self.upper_scheduler = lower_scheduler, upper_scheduler
         self.lower_max_norm, self.upper_max_norm = lower_max_norm, upper_max_norm
         self.grad_scaler, self.compute_dtype, self.difference_batch = grad_scaler, compute_dtype, difference_batch
-        self.process_group = process_group
-        self._steps = 0
+        self.process_group, self._steps = process_group, 0
         self._left: tuple[DirectionPoint, Vector] | None = None  # where a validation pass ran and the step ended
         self._advice = Advice()
         self._check()
@@ -108,8 +107,7 @@ class BilevelOptimizer:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be a positive number or None, got {value}")
-        share = self.difference_batch
-        if not (share is None or callable(share) or (share != 0 and _in_range(share, 0.0, 1.0))):
+        if not ((share := self.difference_batch) is None or callable(share) or (share != 0 and _in_range(share, 0.0, 1.0))):
             raise ValueError(f"difference_batch must be a share over 0 and up to 1, a callable or None, got {share!r}")
         if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
             raise TypeError(f"compute_dtype must be a floating-point dtype, got {self.compute_dtype}")
@@ -212,10 +210,10 @@ class BilevelOptimizer:
         estimator, flat = self.estimator, self._direction
         passes = Passes(self.model, flat, self._magnitude, self.grad_scaler, self.process_group, self._distributed, watch)
         start, before = undo.random_state, undo.direction
-        part, shared = train_batch, None
+        part = train_batch
         if val_batch is not None and estimator.has_second_order and isinstance(self.difference_batch, int | float):
             train_batch, part = first_share(train_batch, self.difference_batch)
-            shared = len(part)
+        shared = None if part is train_batch else len(part)
         reuse = val_batch is not None and estimator.reuses_lower_gradient and not callable(self.difference_batch)
         needs = {"direction", "magnitude"} if reuse else {"direction"}
         point = undo.point or (flat.point() if self._returns() and val_batch is not None else None)
@@ -387,8 +385,7 @@ class BilevelOptimizer:
         self._steps = int(state["steps"])
 
     def _parts(self) -> list[tuple[str, Any]]:
-        names = ("lower", "upper", "lower_scheduler", "upper_scheduler", "grad_scaler")
-        return [(name, getattr(self, name)) for name in names]
+        return [(n, getattr(self, n)) for n in ("lower", "upper", "lower_scheduler", "upper_scheduler", "grad_scaler")]
 
 
 def _in_range(value: Any, least: float, most: float) -> bool:

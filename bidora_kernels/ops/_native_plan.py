@@ -6,8 +6,8 @@ few the second; `weight_plan_pays` counts the bytes. Up to FEW_TOKENS one kernel
 
 Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16-bit layers: W' in fp32 loses no small update,
 and inputs are not rounded to the product dtype. But where the processor has bf16 instructions, which multiply four times as fast,
-a bf16 pass of the weight plan takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout and precise passes stay
-in fp32, so does what few tokens take.
+a bf16 pass takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout, precise passes and the forward of few
+tokens stay in fp32.
 """
 
 from __future__ import annotations
@@ -282,5 +282,10 @@ def _product(g: Tensor, blocks: Iterator[tuple[slice, Tensor]], in_features: int
     """g @ weight over blocks of output features."""
     product = None
     for part, block in blocks:
-        product = torch.mm(g[:, part], block) if product is None else product.addmm_(g[:, part], block)
+        if product is None:
+            product = torch.mm(g[:, part], block)
+        elif product.dtype is torch.bfloat16 or g.dtype is torch.bfloat16:  # summed in fp32, rounded once
+            product = product.float().add_(torch.mm(g[:, part], block))
+        else:
+            product.addmm_(g[:, part], block)
     return g.new_zeros(g.shape[0], in_features) if product is None else product

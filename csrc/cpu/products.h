@@ -61,15 +61,15 @@ BIDORA_INLINE void dot_tile(
     }
 }
 
-template <typename T, int ROWS>
+template <typename T, int ROWS, bool FROM_MEMORY = true>
 BIDORA_INLINE void dots(
     const T* const* rows, const T* right, int64_t right_stride, int64_t columns, int64_t length, T* out, int64_t out_stride) {
   if (columns <= 0) return;
   int64_t j = columns < 4 ? 1 : 4;
   if (columns < 4)
-    dot_tile<T, ROWS, 1, true>(rows, right, right_stride, length, out, out_stride);
+    dot_tile<T, ROWS, 1, FROM_MEMORY>(rows, right, right_stride, length, out, out_stride);
   else
-    dot_tile<T, ROWS, 4, true>(rows, right, right_stride, length, out, out_stride);
+    dot_tile<T, ROWS, 4, FROM_MEMORY>(rows, right, right_stride, length, out, out_stride);
   for (; j + 4 <= columns; j += 4)
     dot_tile<T, ROWS, 4, false>(rows, right + j * right_stride, right_stride, length, out + j * out_stride, out_stride);
   for (; j < columns; ++j)

@@ -166,6 +166,13 @@ def ids(*rows: int) -> Tensor:
         ({"x": ids(1, 2, 3), "scale": torch.tensor(2.0), "name": "n"}, {"x": ids(1), "scale": torch.tensor(2.0), "name": "n"},
          {"x": ids(2, 3), "scale": torch.tensor(2.0), "name": "n"}),
         (Named(ids(1, 2, 3), {"deep": ids(4, 5, 6)}), Named(ids(1), {"deep": ids(4)}), Named(ids(2, 3), {"deep": ids(5, 6)})),
+        ((ids(1, 2, 3), [["a", "b"], ["c"], []]), (ids(1), [["a", "b"]]), (ids(2, 3), [["c"], []])),
+        ({"x": ids(1, 2, 3), "meta": Named("n", 2.0), "size": torch.Size([7])},
+         {"x": ids(1), "meta": Named("n", 2.0), "size": torch.Size([7])},
+         {"x": ids(2, 3), "meta": Named("n", 2.0), "size": torch.Size([7])}),
+        (transformers.modeling_outputs.BaseModelOutput(last_hidden_state=ids(1, 2, 3)),
+         transformers.modeling_outputs.BaseModelOutput(last_hidden_state=ids(1)),
+         transformers.modeling_outputs.BaseModelOutput(last_hidden_state=ids(2, 3))),
         (transformers.BatchEncoding({"input_ids": ids(1, 2, 3)}), transformers.BatchEncoding({"input_ids": ids(1)}),
          transformers.BatchEncoding({"input_ids": ids(2, 3)})),
     ],
@@ -188,11 +195,25 @@ def test_rounding_and_the_ends() -> None:
         assert whole.batches == part.batches == [batch]
 
 
+def test_a_mean_over_tokens_is_left_whole() -> None:
+    """Rows with unequal numbers of labelled tokens do not share such a loss by their number."""
+    labels = torch.tensor([[1, 2, 3], [4, -100, -100], [-100, -100, -100]])
+    batch = {"input_ids": torch.zeros(3, 3), "labels": labels}
+    whole, part = first_share(batch, 0.5)
+    assert whole.batches == part.batches == [batch]
+    many_labels = {"input_ids": torch.zeros(4, 3), "labels": torch.zeros(4, 5)}  # of one row each: a mean over rows
+    assert len(first_share(many_labels, 0.5)[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("batch", "problem", "text"),
     [
         (object(), TypeError, "plain values, got object: give MicroBatches, or a callable"),
         ({"x": ids(1, 2), "rows": [object(), object()]}, TypeError, "got object"),
+        ([{"x": ids(1, 2)}, {"x": ids(3, 4)}], TypeError, "got list"),
+        (torch.nn.utils.rnn.pack_sequence([ids(1, 2)]), TypeError, "got PackedSequence"),
+        (torch.eye(3).to_sparse(), TypeError, "got Tensor"),
+        ((ids(1, 2), [["a"], ["b"], ["c"]]), ValueError, r"got \[2, 3\]"),
         ("train", TypeError, "must hold tensors, got str"),
         ((["a", "b"], 1), TypeError, "must hold tensors, got tuple"),
         (torch.tensor(1.0), TypeError, "must hold tensors, got Tensor"),

@@ -62,6 +62,17 @@ def test_products_in_bf16(weights: torch.dtype, tokens: int, layout: str, in_bf1
     assert set(dithered) == {in_bf16}
 
 
+def test_blocks_of_bf16_products_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "multiplies_bf16", lambda: True)
+    call = draw(11, 640, 64, 4, (40,), torch.bfloat16, bias=False)
+    exact = run(call.double(), "reference")["x"]
+    errors = []
+    for rows in (640, 10):
+        monkeypatch.setattr(_native_plan, "rows_per_block", lambda *arguments, rows=rows: rows)
+        errors.append(float((run(call, "native")["x"].double() - exact).norm() / exact.norm()))
+    assert errors[1] < 1.5 * errors[0]  # 1.2; 3.4 with the sum rounded at every block
+
+
 def test_precise_and_dropout_passes_stay_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for in_bf16 in (True, False):

@@ -49,7 +49,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 VALIDATION_BATCH = {"paper-code": 8}  # the train batch, as its authors' code has it; half of it for the others
 TEST_EXAMPLES = 500  # at most
-DEFAULT_PASSES = 120
+DEFAULT_PASSES = 400
 NOT_DONE = 3  # exit code
 
 

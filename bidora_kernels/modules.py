@@ -15,19 +15,9 @@ from . import functional, reference
 from .ops import _checks as checks
 from .ops import _context as context
 from .ops import cost_model, quantized
+from .ops.parameter_state import ParameterState, is_counted
 
 NORM_CEILING = 1e18  # above it the sum of squares overflows fp32
-
-
-def _address(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a tensor made of others, as quantized ones are: its identity has to do
-        return 0
-
-
-def _same_state(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
-    return all(a is b for a, b in zip(old[0], new[0], strict=True)) and old[1:] == new[1:]
 
 
 class FusedDoraLinear(nn.Module):
@@ -102,8 +92,8 @@ class FusedDoraLinear(nn.Module):
         self.magnitude = nn.Parameter(torch.empty(self.out_features, **options))
         # the original weight while merged; in a list so that it is no parameter of the module
         self._unmerged: list[nn.Parameter] = []
-        self._norm_cache: tuple[Tensor, tuple[Any, ...]] | None = None
-        self._merged_cache: tuple[tuple[Tensor, Tensor], tuple[Any, ...]] | None = None
+        self._norm_cache: tuple[Tensor, ParameterState] | None = None
+        self._merged_cache: tuple[tuple[Tensor, Tensor], ParameterState] | None = None
         self._decode: functional.Decode | None = None
         self._forward_mode: context.PassMode | None = None
         self.reset_adapter()
@@ -224,24 +214,15 @@ class FusedDoraLinear(nn.Module):
         dtype = reference.matmul_dtype(x, self.weight, context.current_mode().precise)
         if not self.plan(x.numel() // max(1, self.in_features), dtype).kept:
             return None, None
-        key = self._state(self.weight, self.lora_A, self.lora_B, self.magnitude, self.scaling, dtype)
-        if key is None:
+        sources = self.weight, self.lora_A, self.lora_B, self.magnitude
+        if not is_counted(sources):
             return None, None
-        if self._merged_cache is None or not _same_state(self._merged_cache[1], key):
+        if self._merged_cache is None or not self._merged_cache[1].is_current(sources, self.scaling, dtype):
             weight, lora_A, lora_B, scaling = self.direction_terms()
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                self._merged_cache = (functional.kept_merged(weight, lora_A, lora_B, self.magnitude, scaling, dtype), key)
+                kept = functional.kept_merged(weight, lora_A, lora_B, self.magnitude, scaling, dtype)
+                self._merged_cache = kept, ParameterState(sources, scaling, dtype)
         return self._merged_cache[0]
-
-    @staticmethod
-    def _state(*sources: Any) -> tuple[Any, ...] | None:
-        """What a cache made from these tensors (and plain values) depends on; None where versions are not counted."""
-        tensors = [source for source in sources if isinstance(source, Tensor)]
-        if any(tensor.is_inference() for tensor in tensors):
-            return None
-        plain = tuple(source for source in sources if not isinstance(source, Tensor))
-        counted = tuple((_address(tensor), tensor._version) for tensor in tensors)
-        return (tuple(tensors), counted, plain, context.parameter_epoch())
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         dtype = reference.matmul_dtype(x, self.weight)
@@ -254,12 +235,12 @@ class FusedDoraLinear(nn.Module):
         """The norms where they are constants of an eval-mode pass, computed once per state of the parameters; else None."""
         if not self._norm_is_constant():
             return None
-        key = self._state(self.weight, self.lora_A, self.lora_B, self.scaling)
-        if key is None:
+        sources = self.weight, self.lora_A, self.lora_B
+        if not is_counted(sources):
             return None
-        if self._norm_cache is None or not _same_state(self._norm_cache[1], key):
+        if self._norm_cache is None or not self._norm_cache[1].is_current(sources, self.scaling):
             with torch.inference_mode(False), torch.no_grad():
-                self._norm_cache = (functional.weight_norm(*self._stored_terms()), key)
+                self._norm_cache = functional.weight_norm(*self._stored_terms()), ParameterState(sources, self.scaling)
         return self._norm_cache[0]
 
     def _prepared_decode(self, x: Tensor, norm: Tensor | None) -> functional.Decode | None:
@@ -267,9 +248,12 @@ class FusedDoraLinear(nn.Module):
         held, ready = self._parameters, self._decode
         if (ready is not None and ready.is_current(held, self.scaling)) or x.numel() > functional.FEW_TOKENS * self.in_features:
             return ready
-        terms, usual = (*self._stored_terms()[:3], self.magnitude, self.bias), quantized.format_of(self.weight) is None
-        may = norm is not None and not torch.is_grad_enabled() and usual and functional.may_decode(held, self.weight, *terms[1:])
-        return functional.Decode(held, *terms, self.scaling, norm) if may and norm is not None else None
+        if norm is None or torch.is_grad_enabled() or quantized.format_of(self.weight) is not None:
+            return None
+        terms = (*self._stored_terms()[:3], self.magnitude, self.bias)
+        if not functional.may_decode(held, self.weight, *terms[1:]):
+            return None
+        return functional.Decode(held, *terms, self.scaling, norm)
 
     def _norm_is_constant(self) -> bool:
         mode = context.current_mode()

@@ -362,3 +362,19 @@ def test_functional_checks_before_it_computes(change: dict[str, Tensor], error: 
     }  # fmt: skip
     with pytest.raises(error, match=message):
         bk.functional.dora_linear(**(arguments | change), scaling=1.0)
+
+
+def test_cached_norms_are_not_taken_for_those_of_a_storage_at_the_same_address() -> None:
+    """The allocator hands an address that nobody holds out again: replaced twice, a storage may lie where the first one lay."""
+    torch.manual_seed(0)
+    layer = bk.FusedDoraLinear.from_linear(nn.Linear(64, 64), r=4).eval()
+    x = torch.randn(64, 64)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        for _ in range(40):
+            layer(x)
+            for _ in range(2):
+                layer.lora_A.data = layer.lora_A.data * 1.01
+            y = layer(x)
+            layer.clear_cache()
+            assert torch.equal(y, layer(x))

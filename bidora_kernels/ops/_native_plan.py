@@ -70,7 +70,7 @@ def _is_transposed(weight: Tensor) -> bool:
     return weight.stride(0) == 1 and weight.stride(1) != 1
 
 
-class _Layer:
+class Layer:
     """The constants of one call in the accumulating dtype, and the weights of its products in blocks of output features.
 
     `operands`: the dtype of the operands of a product with W', the accumulating one or bf16.
@@ -160,7 +160,7 @@ def forward(
     x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
     dtype = reference.norm_dtype(weight)
     few = x_dropped is None and takes_few_tokens(x.shape[0], weight, dtype, norm_known)
-    layer = _Layer(
+    layer = Layer(
         weight, lora_A, lora_B, magnitude, bias, scaling, not few and in_bf16(product_dtype, weight, x_dropped is not None)
     )
     norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
@@ -210,7 +210,7 @@ def backward(
 
     `x` is the input of the low-rank branch (with dropout: x_dropped), `kept` is y or what the forward kept beyond it.
     """
-    layer = _Layer(weight, lora_A, lora_B, magnitude, bias, scaling, in_bf16(product_dtype, weight, dropped))
+    layer = Layer(weight, lora_A, lora_B, magnitude, bias, scaling, in_bf16(product_dtype, weight, dropped))
     norm = layer.constant(norm)
     g = rows(grad_output)
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = None
@@ -254,14 +254,14 @@ def backward(
     return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude if needs_magnitude else None
 
 
-def _low_rank_gradients(layer: _Layer, x: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+def _low_rank_gradients(layer: Layer, x: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """(grad_lora_A, grad_lora_B) by four products of the library."""
     scaled_B = reference.row_scale(layer.magnitude, norm).unsqueeze(1) * layer.scaling
     grad_A = torch.mm(torch.mm(g, layer.lora_B * scaled_B).t(), x)
     return grad_A, torch.mm(g.t(), torch.mm(x, layer.lora_A.t())).mul_(scaled_B)
 
 
-def _outputs(layer: _Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_known: bool = True) -> Tensor:
+def _outputs(layer: Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_known: bool = True) -> Tensor:
     """x W'^T + bias, [tokens, out]."""
     if bias is not None and bias.dtype is not layer.operands:
         bias = bias.to(layer.operands)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .. import native, reference
 from ._backend import resolve
-from ._context import PassMode, parameter_epoch
-from ._library import flatten, is_eager, rows
-from ._native_plan import FEW_TOKENS, takes_few_tokens
+from ._context import PassMode
+from ._library import is_eager
+from ._native_plan import FEW_TOKENS, Layer, takes_few_tokens
+from .parameter_state import ParameterState, is_counted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,36 +28,19 @@ class Decode:
     Its inputs are plain CPU tensors in fp32 or a 16-bit dtype.
     """
 
-    __slots__ = ("_bias", "_epoch", "_factors", "_most", "_scale", "_scaling", "_seen", "_weight")
+    __slots__ = ("_layer", "_most", "_scale", "_state")
 
     def __init__(
-        self,
-        held: Mapping[str, Tensor | None],
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        magnitude: Tensor,
-        bias: Tensor | None,
-        scaling: float,
-        norm: Tensor,
-    ) -> None:
-        """Keep the scale c, and where the tensors that a module holds stand; `held` are its parameters by name."""
-
-        def constant(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(norm.dtype).contiguous()
-
-        def state(tensor: Tensor | None) -> tuple[Any, ...]:
-            # the alias keeps the storage: an address is not another tensor's while it is compared with
-            return (None, None, 0, 0) if tensor is None else (tensor, tensor.detach(), tensor.data_ptr(), tensor._version)
-
-        self._seen = [(name, *state(tensor)) for name, tensor in held.items()]
-        self._epoch, self._scaling, self._weight = parameter_epoch(), scaling, weight.detach()
+        self, held: Mapping[str, Tensor | None], weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor,
+        bias: Tensor | None, scaling: float, norm: Tensor,
+    ) -> None:  # fmt: skip
+        """Keep the layer's constants and its scale c, and where the parameters that the module holds stand, `held` by name."""
+        self._state = ParameterState(held.values(), scaling)
+        terms = (lora_A.detach(), lora_B.detach(), magnitude.detach(), None if bias is None else bias.detach())
+        self._layer = Layer(weight.detach(), *terms, scaling, in_bf16=False)
         served = (tokens for tokens in range(FEW_TOKENS, 0, -1) if takes_few_tokens(tokens, weight, norm.dtype, norm_known=True))
         self._most = next(served, 0) if norm.dtype is torch.float32 else 0
-        if self._most:
-            self._factors = constant(lora_A), constant(lora_B)
-            self._bias = None if bias is None else constant(bias)
-            self._scale = reference.row_scale(constant(magnitude), norm)
+        self._scale = reference.row_scale(self._layer.magnitude, norm)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled module finds its own."""
@@ -64,17 +48,12 @@ class Decode:
 
     def is_current(self, held: Mapping[str, Tensor | None], scaling: float) -> bool:
         """Whether the module that holds these parameters is as it was."""
-        if scaling != self._scaling or parameter_epoch() != self._epoch or len(held) != len(self._seen):
-            return False
-        for name, tensor, _, address, version in self._seen:
-            now = held.get(name)
-            if now is not tensor or (now is not None and (now._version != version or now.data_ptr() != address)):
-                return False
-        return True
+        return self._state.is_current(held.values(), scaling)
 
     def __call__(self, x: Tensor, held: Mapping[str, Tensor | None], scaling: float, mode: PassMode) -> Tensor | None:
         """y of the module that holds these parameters, or None where the call is another one than this can take."""
-        columns, dtype = self._weight.shape[1], x.dtype
+        layer, dtype = self._layer, x.dtype
+        columns = layer.weight.shape[1]
         if (
             torch.is_grad_enabled()
             or x.ndim == 0
@@ -93,10 +72,9 @@ class Decode:
             or not self.is_current(held, scaling)
         ):
             return None
-        mode.saw(reference.matmul_dtype(x, self._weight))
-        inputs = rows(flatten(x if dtype is torch.float32 else x.float()))
-        y = native.few_tokens(inputs, self._weight, *self._factors, self._scale, self._bias, self._scaling)
-        return (y if dtype is torch.float32 else y.to(dtype)).view(*x.shape[:-1], self._weight.shape[0])
+        mode.saw(reference.matmul_dtype(x, layer.weight))
+        y = native.few_tokens(layer.flat(x), layer.weight, layer.lora_A, layer.lora_B, self._scale, layer.bias, layer.scaling)
+        return (y if y.dtype is dtype else y.to(dtype)).view(*x.shape[:-1], layer.weight.shape[0])
 
 
 def may_decode(held: Mapping[str, Tensor | None], *used: Tensor | None) -> bool:
@@ -104,7 +82,8 @@ def may_decode(held: Mapping[str, Tensor | None], *used: Tensor | None) -> bool:
     tensors = [tensor for tensor in held.values() if tensor is not None]
     return (
         {id(tensor) for tensor in used if tensor is not None} == {id(tensor) for tensor in tensors}
-        and all(tensor.is_cpu and not tensor.is_inference() for tensor in tensors)
+        and all(tensor.is_cpu for tensor in tensors)
+        and is_counted(tensors)
         and is_eager(*tensors)
         and torch._C._functorch.peek_interpreter_stack() is None
     )

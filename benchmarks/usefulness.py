@@ -154,7 +154,7 @@ def estimate(
     copy = torch.optim.AdamW(direction, lr=lr, weight_decay=0.0)
     copy.load_state_dict(lower.state_dict())
     if part < 1.0:
-        options = {**options, "difference_batch": lambda batch: part_of(batch, part)}
+        options = {**options, "difference_batch": part}
     optimizer = bk.BilevelOptimizer(
         model, lower=copy, upper=torch.optim.SGD(magnitude, lr=lr), estimator=estimator, **options
     )  # fmt: skip

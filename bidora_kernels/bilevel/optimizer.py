@@ -79,7 +79,8 @@ class BilevelOptimizer:
         self.lower_scheduler, self.upper_scheduler = lower_scheduler, upper_scheduler
         self.lower_max_norm, self.upper_max_norm = lower_max_norm, upper_max_norm
         self.grad_scaler, self.compute_dtype, self.difference_batch = grad_scaler, compute_dtype, difference_batch
-        self.process_group, self._steps = process_group, 0
+        self.process_group = process_group
+        self._steps = 0
         self._left: tuple[DirectionPoint, Vector] | None = None  # where a validation pass ran and the step ended
         self._advice = Advice()
         self._check()

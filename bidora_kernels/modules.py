@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import functional, reference
 from .ops import _checks as checks
@@ -162,14 +163,13 @@ class FusedDoraLinear(nn.Module):
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("a merged layer cannot be trained: call unmerge() first")
             return self._merged_forward(x)
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._dora_forward(x)
-        seen = self._forward_mode
-        if seen is not None and context.inside_backward():
-            with context.adopt_mode(seen):  # a checkpointed segment's recomputation
-                return self._dora_forward(x)
-        if seen is not (mode := context.current_mode()):
-            self._forward_mode = mode
+        if (seen := self._forward_mode) is not (mode := context.eager_mode()):
+            if seen is not None and context.inside_backward():
+                with context.adopt_mode(seen):  # a checkpointed segment's recomputation
+                    return self._dora_forward(x)
+            self.__dict__["_forward_mode"] = mode  # a module's own way to set an attribute takes longer than the rest of this
         decode = None if self.training else self._decode
         if decode is not None and (y := decode(x, self._parameters, self.scaling, mode)) is not None:
             return y
@@ -184,7 +184,7 @@ class FusedDoraLinear(nn.Module):
             merged, norm = self._kept_merged(x)
         if merged is None and not self.training:
             norm = self._cached_norm()
-            if not torch.compiler.is_compiling():
+            if not is_compiling():
                 self._decode = self._prepared_decode(x, norm)
         return functional.dora_linear(
             x, weight, lora_A, lora_B, self.magnitude, scaling, self.bias, x_dropped, self.detach_norm, norm=norm, merged=merged,
@@ -209,7 +209,7 @@ class FusedDoraLinear(nn.Module):
 
     def _kept_merged(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(the merged weight, its norms) where the plan keeps one between passes, made once per state of the parameters."""
-        if torch.compiler.is_compiling() or quantized.format_of(self.weight) is not None:
+        if is_compiling() or quantized.format_of(self.weight) is not None:
             return None, None
         dtype = reference.matmul_dtype(x, self.weight, context.current_mode().precise)
         if not self.plan(x.numel() // max(1, self.in_features), dtype).kept:
@@ -246,7 +246,9 @@ class FusedDoraLinear(nn.Module):
     def _prepared_decode(self, x: Tensor, norm: Tensor | None) -> functional.Decode | None:
         """What later calls with few tokens take instead of the way through here, where there is such a thing."""
         held, ready = self._parameters, self._decode
-        if (ready is not None and ready.is_current(held, self.scaling)) or x.numel() > functional.FEW_TOKENS * self.in_features:
+        if x.numel() > functional.FEW_TOKENS * self.in_features:
+            return ready
+        if ready is not None and ready.state.is_current(held.values(), self.scaling):
             return ready
         if norm is None or torch.is_grad_enabled() or quantized.format_of(self.weight) is not None:
             return None
@@ -259,7 +261,7 @@ class FusedDoraLinear(nn.Module):
         mode = context.current_mode()
         differentiated = not self.detach_norm if mode.differentiate_norm is None else mode.differentiate_norm
         shared = mode.point is not None  # then `functional` finds them, or has them from another pass
-        return not (self.training or shared or torch.compiler.is_compiling() or (differentiated and torch.is_grad_enabled()))
+        return not (self.training or shared or is_compiling() or (differentiated and torch.is_grad_enabled()))
 
     def clear_cache(self) -> None:
         """Drop what is kept between passes; needed only after a write through `.data` from outside this library."""

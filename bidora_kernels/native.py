@@ -43,7 +43,7 @@ def multiplies_bf16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def _stored(weight: Tensor) -> Tensor:
+def stored(weight: Tensor) -> Tensor:
     """The weight where the kernels can read it in place (rows or columns contiguous), else a contiguous copy."""
     rows, columns = weight.stride()
     fits = (columns == 1 and rows >= weight.shape[1]) or (rows == 1 and columns >= weight.shape[0])
@@ -53,7 +53,7 @@ def _stored(weight: Tensor) -> Tensor:
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Row norms of V = weight + scaling * lora_B @ lora_A, [out], in the factors' dtype (fp32 or fp64)."""
     norm = lora_A.new_empty(weight.shape[0])
-    torch.ops.bidora_native.weight_norm(_stored(weight), lora_A, lora_B, scaling, norm)
+    torch.ops.bidora_native.weight_norm(stored(weight), lora_A, lora_B, scaling, norm)
     return norm
 
 
@@ -75,7 +75,7 @@ def merged_weight(
     dither: round to a bf16 `out` up or down by a fixed noise of each element's place, so that small changes survive on average.
     """
     torch.ops.bidora_native.merged_weight(
-        _stored(weight), lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out, dither
+        stored(weight), lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out, dither
     )
 
 
@@ -151,12 +151,11 @@ def compose(
 
 
 def few_tokens(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor, bias: Tensor | None, scaling: float
-) -> Tensor:
-    """scale * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias, [tokens, out], the weight read once in its own dtype.
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor, bias: Tensor | None, scaling: float, out: Tensor
+) -> None:
+    """Write scale * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias to `out`, tokens * out numbers of any shape.
 
-    The library's matrix products read a weight at half the speed of memory where there are few rows of x.
+    The weight is read once in its own dtype; `stored` says how it must lie. The library's matrix products read one at half the
+    speed of memory where there are few rows of x.
     """
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    torch.ops.bidora_native.few_tokens(x, _stored(weight), lora_A, lora_B, scale, bias, scaling, out)
-    return out
+    torch.ops.bidora_native.few_tokens.default(x, weight, lora_A, lora_B, scale, bias, scaling, out)

@@ -5,11 +5,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <new>
 #include <optional>
 #include <string>
+#include <thread>
 
 #include "cpu/kernels.h"
 
@@ -362,11 +364,19 @@ void few_tokens_of(
   down.weight = {a, in, inputs.dtype};
   down.scale = factor.get(), down.bias = nullptr, down.y = hidden.get(), down.out_features = r, down.r = 0;
   args.hidden = hidden.get();
-  for (const auto& pass : {down, args})
-    torch::stable::parallel_for(0, (pass.out_features + 3) / 4, grain(4 * tokens * in), [&](int64_t begin, int64_t end) {
-      auto own = buffer<T>(4 * (in + 2 * tokens) + 1);
-      k.few_tokens_rows(pass, 4 * begin, std::min(4 * end, pass.out_features), own.get());
-    });
+  // a thread that wakes late finds less left to do; rows begin when hidden is complete
+  const int64_t groups = (n + 3) / 4, down_groups = (r + 3) / 4, least = grain(4 * tokens * in);
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), groups / least));
+  const int64_t piece = threads == 1 ? groups : std::max(least, groups / (16 * threads));
+  std::atomic<int64_t> next_down{0}, finished_down{0}, next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto own = buffer<T>(4 * (in + 2 * tokens) + 1);
+    for (int64_t i; (i = next_down.fetch_add(1)) < down_groups; finished_down.fetch_add(1))
+      k.few_tokens_rows(down, 4 * i, std::min(4 * i + 4, r), own.get());
+    while (finished_down.load() < down_groups) std::this_thread::yield();
+    for (int64_t i; (i = next.fetch_add(piece)) < groups;)
+      k.few_tokens_rows(args, 4 * i, std::min(4 * (i + piece), n), own.get());
+  });
 }
 
 void few_tokens(

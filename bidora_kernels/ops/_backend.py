@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ._context import current_mode, pass_mode
+from ._context import PassMode, current_mode, pass_mode
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -94,7 +94,12 @@ def resolve(device_type: str) -> str:
 
     Raises BackendUnavailable where a backend was named (by `use_backend`, `pass_mode` or BIDORA_BACKEND) and cannot run there.
     """
-    name = current_mode().backend or environment_backend()
+    return backend_under(current_mode(), device_type)
+
+
+def backend_under(mode: PassMode, device_type: str) -> str:
+    """The same under a mode that is at hand."""
+    name = mode.backend or environment_backend()
     if name == "auto":
         return _auto(device_type)
     reason = _missing(name, device_type)

@@ -87,6 +87,11 @@ def current_mode() -> PassMode:
         direction, magnitude, differentiate_norm, backend, precise = _traced
         needs = frozenset((["direction"] if direction else []) + (["magnitude"] if magnitude else []))
         return PassMode(needs, differentiate_norm, backend, precise)
+    return eager_mode()
+
+
+def eager_mode() -> PassMode:
+    """The same where nothing is being compiled."""
     return _mode.get() or _DEFAULT
 
 

@@ -54,7 +54,7 @@ def like_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.new_empty(weight.shape, dtype=dtype)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_eager(*tensors: Tensor) -> bool:
@@ -62,7 +62,7 @@ def is_eager(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(tensor) in _PLAIN for tensor in tensors)
+        and all(type(tensor) in PLAIN for tensor in tensors)
     )
 
 

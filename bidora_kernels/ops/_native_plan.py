@@ -172,7 +172,8 @@ def forward(
             norm = native.weight_norm(weight, layer.lora_A, layer.lora_B, scaling)
         scale = reference.row_scale(layer.magnitude, norm)
         if few:
-            kept = y = native.few_tokens(x, weight, layer.lora_A, layer.lora_B, scale, layer.bias, scaling)
+            kept = y = x.new_empty(x.shape[0], out_features)
+            native.few_tokens(x, native.stored(weight), layer.lora_A, layer.lora_B, scale, layer.bias, scaling, y)
         elif x_dropped is None:
             kept = y = torch.mm(x, weight.t())
             native.compose(y, torch.mm(x, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y)

@@ -11,15 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import native, reference
-from ._backend import resolve
+from ._backend import backend_under
 from ._context import PassMode
-from ._library import is_eager
+from ._library import PLAIN, is_eager
 from ._native_plan import FEW_TOKENS, Layer, takes_few_tokens
 from .parameter_state import ParameterState, is_counted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# by their own names: each step through a module's attributes is one more line of memory to fetch between two tokens
+_grad, _autocast = torch.is_grad_enabled, torch.is_autocast_enabled
+_traced = torch._C._get_tracing_state
+_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 class Decode:
@@ -28,53 +34,54 @@ class Decode:
     Its inputs are plain CPU tensors in fp32 or a 16-bit dtype.
     """
 
-    __slots__ = ("_layer", "_most", "_scale", "_state")
+    __slots__ = ("_layer", "_most", "_terms", "state")
 
     def __init__(
         self, held: Mapping[str, Tensor | None], weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor,
         bias: Tensor | None, scaling: float, norm: Tensor,
     ) -> None:  # fmt: skip
         """Keep the layer's constants and its scale c, and where the parameters that the module holds stand, `held` by name."""
-        self._state = ParameterState(held.values(), scaling)
+        self.state = ParameterState(held.values(), scaling)
         terms = (lora_A.detach(), lora_B.detach(), magnitude.detach(), None if bias is None else bias.detach())
-        self._layer = Layer(weight.detach(), *terms, scaling, in_bf16=False)
+        layer = Layer(weight.detach(), *terms, scaling, in_bf16=False)
         served = (tokens for tokens in range(FEW_TOKENS, 0, -1) if takes_few_tokens(tokens, weight, norm.dtype, norm_known=True))
         self._most = next(served, 0) if norm.dtype is torch.float32 else 0
-        self._scale = reference.row_scale(self._layer.magnitude, norm)
+        self._layer, scale = layer, reference.row_scale(layer.magnitude, norm)
+        self._terms = native.stored(layer.weight), layer.lora_A, layer.lora_B, scale, layer.bias
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled module finds its own."""
         return type(None), ()
 
-    def is_current(self, held: Mapping[str, Tensor | None], scaling: float) -> bool:
-        """Whether the module that holds these parameters is as it was."""
-        return self._state.is_current(held.values(), scaling)
-
     def __call__(self, x: Tensor, held: Mapping[str, Tensor | None], scaling: float, mode: PassMode) -> Tensor | None:
         """y of the module that holds these parameters, or None where the call is another one than this can take."""
-        layer, dtype = self._layer, x.dtype
-        columns = layer.weight.shape[1]
+        weight, lora_A, lora_B, scale, bias = self._terms
+        dtype, shape, columns = x.dtype, x.shape, weight.shape[1]
         if (
-            torch.is_grad_enabled()
-            or x.ndim == 0
-            or x.shape[-1] != columns
-            or not 0 < x.numel() <= self._most * columns
+            _grad()
+            or type(x) not in PLAIN
             or dtype not in DTYPES
             or not x.is_cpu
-            or not is_eager(x)
+            or len(shape) == 0
+            or shape[-1] != columns
+            or not 0 < (size := x.numel()) <= self._most * columns
             or mode.precise
             or mode.point is not None
-            or torch.is_autocast_enabled("cpu")
-            or torch.jit.is_tracing()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-            or torch.autograd.forward_ad._current_level >= 0
-            or resolve("cpu") != "native"
-            or not self.is_current(held, scaling)
+            or _autocast("cpu")
+            or _modes() != 0
+            or _transform() is not None
+            or _traced() is not None
+            or forward_ad._current_level >= 0
+            or (mode.backend != "native" and backend_under(mode, "cpu") != "native")
+            or not self.state.is_current(held.values(), scaling)
         ):
             return None
-        mode.saw(reference.matmul_dtype(x, layer.weight))
-        y = native.few_tokens(layer.flat(x), layer.weight, layer.lora_A, layer.lora_B, self._scale, layer.bias, layer.scaling)
-        return (y if y.dtype is dtype else y.to(dtype)).view(*x.shape[:-1], layer.weight.shape[0])
+        mode.seen_dtypes.add(dtype if dtype is weight.dtype else torch.promote_types(dtype, weight.dtype))
+        y = scale.new_empty(size // columns, scale.shape[0])
+        native.few_tokens(self._layer.flat(x), weight, lora_A, lora_B, scale, bias, scaling, y)
+        if len(shape) == 2 and dtype is torch.float32:
+            return y
+        return y.to(dtype).view(*shape[:-1], y.shape[1])
 
 
 def may_decode(held: Mapping[str, Tensor | None], *used: Tensor | None) -> bool:

@@ -15,11 +15,11 @@ def is_counted(tensors: Collection[Tensor | None]) -> bool:
     return not any(tensor is not None and tensor.is_inference() for tensor in tensors)
 
 
-def _address(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int | None:
     try:
         return tensor.data_ptr()
     except RuntimeError:  # a tensor made of others, as quantized ones are: its identity has to do
-        return 0
+        return None
 
 
 class ParameterState:
@@ -29,18 +29,18 @@ class ParameterState:
 
     def __init__(self, tensors: Collection[Tensor | None], *plain: Any) -> None:
         """Remember them as they are. The alias of each tensor keeps its storage, whose address else becomes another's."""
-        self._seen = [None if t is None else (t, t.detach(), _address(t), t._version) for t in tensors]
+        self._seen = [(None,) * 4 if t is None else (t, t.detach(), _address(t), t._version) for t in tensors]
         self._plain, self._epoch = plain, parameter_epoch()
 
     def is_current(self, tensors: Collection[Tensor | None], *plain: Any) -> bool:
         """Whether these are the same tensors and values, and nobody has written to them."""
-        if plain != self._plain or parameter_epoch() != self._epoch or len(tensors) != len(self._seen):
+        seen = self._seen
+        if plain != self._plain or parameter_epoch() != self._epoch or len(tensors) != len(seen):
             return False
-        for now, seen in zip(tensors, self._seen, strict=True):
-            if now is None or seen is None:
-                if now is not seen:
-                    return False
-            elif now is not seen[0] or now._version != seen[3] or _address(now) != seen[2]:
+        for now, (then, _, address, version) in zip(tensors, seen, strict=True):
+            if now is not then:
+                return False
+            if now is not None and (now._version != version or (address is not None and now.data_ptr() != address)):
                 return False
         return True
 

@@ -16,6 +16,7 @@ import bidora_kernels as bk
 from bidora_kernels import native
 from bidora_kernels.bilevel.flat import FlatParameters
 from bidora_kernels.ops import decode as decode_module
+from bidora_kernels.ops.parameter_state import ParameterState
 
 pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 
@@ -135,13 +136,13 @@ def test_a_change_is_noticed_and_the_way_found_again(what: str, short_ways: list
 
 
 def test_a_state_that_is_not_looked_at_would_give_stale_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_module.Decode, "is_current", lambda *arguments: True)
+    monkeypatch.setattr(ParameterState, "is_current", lambda *arguments: True)
     for what in ("magnitude written in place", "weight replaced", "scaling", "a write past the counters"):
         layer, x = made(), torch.randn(2, 40)
         with torch.no_grad():
-            before = [layer(x), layer(x)][1]
+            layer(x)
             CHANGES[what](layer)
-            assert torch.equal(layer(x), before)
+            assert not torch.allclose(layer(x).double(), exact(layer, x), rtol=1e-3, atol=1e-3)
 
 
 def test_a_merged_and_a_training_layer_do_not_take_it(short_ways: list[bool]) -> None:

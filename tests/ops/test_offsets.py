@@ -40,7 +40,9 @@ def test_rows_of_a_weight(operation: str, dtype: torch.dtype, tmp_path: Path) ->
             native.merged_weight(weight, lora_A, lora_B, magnitude, c.scaling, found, out)
             return [found, out]
         if operation == "few_tokens":
-            return [native.few_tokens(c.x[:2].float().contiguous(), weight, lora_A, lora_B, magnitude / norm, None, c.scaling)]
+            y = torch.empty(2, weight.shape[0])
+            native.few_tokens(c.x[:2].float().contiguous(), weight, lora_A, lora_B, magnitude / norm, None, c.scaling, y)
+            return [y]
         return list(native.direction_backward(weight, grad, lora_A, lora_B, magnitude, c.scaling, norm, magnitude))
 
     near = results(c.weight, grad, torch.empty_like(c.weight))

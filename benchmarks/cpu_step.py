@@ -43,7 +43,7 @@ def gates(case: Case, times: Times) -> Iterator[Gate]:
         if case.tokens == 1:
             yield "ours / merged linear", ratio(ours, times["merged linear"]), 1.10
             yield "ours / PEFT DoRA", ratio(ours, times[DORA]), 1 / 60
-        yield "ours / PEFT LoRA", ratio(ours, times[LORA]), 1.0
+        yield "ours / PEFT LoRA", ratio(ours, times[LORA]), None if case.tokens == 1 else 1.0
         yield "ours / nn.Linear", ratio(ours, floor), None
     else:
         most = 1 / 0.70 if case.r <= 8 else None  # of the copy's bandwidth; at higher ranks arithmetic takes over

@@ -355,3 +355,20 @@ def test_a_layer_that_never_takes_it_looks_once() -> None:
         layer(x)
     assert layer._decode is made_first
     assert made_first._most == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_kernels_numbers_do_not_depend_on_which_thread_takes_which_rows(tokens: int) -> None:
+    torch.manual_seed(0)
+    x, weight, lora_A = torch.randn(tokens, 512), torch.randn(4099, 512), torch.randn(30, 512)
+    lora_B, scale = torch.randn(4099, 30), torch.rand(4099)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, *(2, 3, 8) * 20):
+            torch.set_num_threads(count)
+            found.append(torch.full((tokens, 4099), torch.nan))
+            native.few_tokens(x, weight, lora_A, lora_B, scale, None, 0.5, found[-1])
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[0], scale * (x @ weight.t() + 0.5 * x @ lora_A.t() @ lora_B.t()), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(other, found[0]) for other in found[1:])

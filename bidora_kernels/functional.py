@@ -24,9 +24,9 @@ from .ops import orthogonality as _orthogonality
 from .ops import quantized as _quantized
 from .ops import weight_norm as _weight_norm
 from .ops._context import DirectionPoint, PassMode, current_mode
-from .ops._native_plan import FEW_TOKENS as FEW_TOKENS
 from .ops.decode import Decode as Decode
 from .ops.decode import may_decode as may_decode
+from .ops.decode import most_decoded_tokens as most_decoded_tokens
 
 
 def _frozen(weight: Tensor) -> Tensor:

@@ -246,13 +246,13 @@ class FusedDoraLinear(nn.Module):
     def _prepared_decode(self, x: Tensor, norm: Tensor | None) -> functional.Decode | None:
         """What later calls with few tokens take instead of the way through here, where there is such a thing."""
         held, ready = self._parameters, self._decode
-        if x.numel() > functional.FEW_TOKENS * self.in_features:
-            return ready
         if ready is not None and ready.state.is_current(held.values(), self.scaling):
             return ready
         if norm is None or torch.is_grad_enabled() or quantized.format_of(self.weight) is not None:
             return None
         terms = (*self._stored_terms()[:3], self.magnitude, self.bias)
+        if x.numel() > functional.most_decoded_tokens(terms[0]) * self.in_features:
+            return None
         if not functional.may_decode(held, self.weight, *terms[1:]):
             return None
         return functional.Decode(held, *terms, self.scaling, norm)

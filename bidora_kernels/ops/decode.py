@@ -1,7 +1,8 @@
-"""A layer's forward for few tokens where nothing has changed since the last one: one look at its state, then one kernel.
+"""A layer's forward for few tokens where nothing has changed since the last one: one look at its state, then its kernels.
 
 Decoding a token reads the weight once; the Python around that read takes longer than it for a small layer, and a tenth of it for
-a large one whose code has left the processor's cache. What a call finds out from the parameters alone is kept here instead.
+a large one whose code has left the processor's cache. What a call finds out from the parameters alone is kept here instead. Up to
+FEW_TOKENS one kernel gives the output, beyond them, where no weight plan pays, the products of the activation plan.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .. import native, reference
 from ._backend import backend_under
 from ._context import PassMode
 from ._library import PLAIN, is_eager
-from ._native_plan import FEW_TOKENS, Layer, takes_few_tokens
+from ._native_plan import FEW_TOKENS, Layer, most_of_activation_plan, takes_few_tokens
 from .parameter_state import ParameterState, is_counted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,10 +45,9 @@ class Decode:
         self.state = ParameterState(held.values(), scaling)
         terms = (lora_A.detach(), lora_B.detach(), magnitude.detach(), None if bias is None else bias.detach())
         layer = Layer(weight.detach(), *terms, scaling, in_bf16=False)
-        served = (tokens for tokens in range(FEW_TOKENS, 0, -1) if takes_few_tokens(tokens, weight, norm.dtype, norm_known=True))
-        self._most = next(served, 0) if norm.dtype is torch.float32 else 0
+        self._most = most_decoded_tokens(layer.weight)
         self._layer, scale = layer, reference.row_scale(layer.magnitude, norm)
-        self._terms = native.stored(layer.weight), layer.lora_A, layer.lora_B, scale, layer.bias
+        self._terms = layer.weight, layer.lora_A, layer.lora_B, scale, layer.bias
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled module finds its own."""
@@ -77,11 +77,28 @@ class Decode:
         ):
             return None
         mode.seen_dtypes.add(dtype if dtype is weight.dtype else torch.promote_types(dtype, weight.dtype))
-        y = scale.new_empty(size // columns, scale.shape[0])
-        native.few_tokens(self._layer.flat(x), weight, lora_A, lora_B, scale, bias, scaling, y)
+        x, tokens = self._layer.flat(x), size // columns
+        if tokens <= FEW_TOKENS:
+            y = scale.new_empty(tokens, scale.shape[0])
+            native.few_tokens(x, weight, lora_A, lora_B, scale, bias, scaling, y)
+        else:
+            y = torch.mm(x, weight.t())
+            native.compose(y, torch.mm(x, lora_A.t()), lora_B, scale, bias, scaling, y)
         if len(shape) == 2 and dtype is torch.float32:
             return y
         return y.to(dtype).view(*shape[:-1], y.shape[1])
+
+
+def most_decoded_tokens(weight: Tensor) -> int:
+    """How many tokens' outputs the short way gives for this weight: those of one kernel or of the activation plan."""
+    dtype = reference.norm_dtype(weight)
+    if (
+        dtype is not torch.float32
+        or native.stored(weight) is not weight
+        or not takes_few_tokens(1, weight, dtype, norm_known=True)
+    ):
+        return 0
+    return most_of_activation_plan(weight) if weight.dtype is dtype else FEW_TOKENS
 
 
 def may_decode(held: Mapping[str, Tensor | None], *used: Tensor | None) -> bool:

@@ -14,7 +14,8 @@ BIDORA_INLINE void few_tokens_group(const FewTokensArgs<T>& a, int64_t row, T* s
     updates[i] = a.lora_B + (row + i) * a.r;
   }
   T *products = scratch + ROWS * a.in_features, *low_rank = products + ROWS * a.tokens;  // [tokens, ROWS] each
-  dots<T, ROWS>(rows, a.x, a.x_stride, a.tokens, a.in_features, products, ROWS);
+  // the processor's own requests for memory keep up with four rows at once
+  dots<T, ROWS, (ROWS < 4)>(rows, a.x, a.x_stride, a.tokens, a.in_features, products, ROWS);
   dots<T, ROWS, false>(updates, a.hidden, a.r, a.tokens, a.r, low_rank, ROWS);
   for (int64_t t = 0; t < a.tokens; ++t)
     for (int i = 0; i < ROWS; ++i) {

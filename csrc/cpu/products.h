@@ -67,7 +67,7 @@ BIDORA_INLINE void dots(
   if (columns <= 0) return;
   int64_t j = columns < 4 ? 1 : 4;
   if (columns < 4)
-    dot_tile<T, ROWS, 1, false>(rows, right, right_stride, length, out, out_stride);  // as fast as the processor's own requests
+    dot_tile<T, ROWS, 1, FROM_MEMORY>(rows, right, right_stride, length, out, out_stride);
   else
     dot_tile<T, ROWS, 4, FROM_MEMORY>(rows, right, right_stride, length, out, out_stride);
   for (; j + 4 <= columns; j += 4)

@@ -26,7 +26,6 @@ from .ops import weight_norm as _weight_norm
 from .ops._context import DirectionPoint, PassMode, current_mode
 from .ops.decode import Decode as Decode
 from .ops.decode import may_decode as may_decode
-from .ops.decode import most_decoded_tokens as most_decoded_tokens
 
 
 def _frozen(weight: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class FusedDoraLinear(nn.Module):
         if merged is None and not self.training:
             norm = self._cached_norm()
             if not is_compiling():
-                self._decode = self._prepared_decode(x, norm)
+                self._decode = self._prepared_decode(norm)
         return functional.dora_linear(
             x, weight, lora_A, lora_B, self.magnitude, scaling, self.bias, x_dropped, self.detach_norm, norm=norm, merged=merged,
             plan=self.forced_plan,
@@ -243,7 +243,7 @@ class FusedDoraLinear(nn.Module):
                 self._norm_cache = functional.weight_norm(*self._stored_terms()), ParameterState(sources, self.scaling)
         return self._norm_cache[0]
 
-    def _prepared_decode(self, x: Tensor, norm: Tensor | None) -> functional.Decode | None:
+    def _prepared_decode(self, norm: Tensor | None) -> functional.Decode | None:
         """What later calls with few tokens take instead of the way through here, where there is such a thing."""
         held, ready = self._parameters, self._decode
         if ready is not None and ready.state.is_current(held.values(), self.scaling):
@@ -251,8 +251,6 @@ class FusedDoraLinear(nn.Module):
         if norm is None or torch.is_grad_enabled() or quantized.format_of(self.weight) is not None:
             return None
         terms = (*self._stored_terms()[:3], self.magnitude, self.bias)
-        if x.numel() > functional.most_decoded_tokens(terms[0]) * self.in_features:
-            return None
         if not functional.may_decode(held, self.weight, *terms[1:]):
             return None
         return functional.Decode(held, *terms, self.scaling, norm)

@@ -42,12 +42,6 @@ def weight_plan_pays(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known
     return activation > 2 * out_features * in_features
 
 
-def most_of_activation_plan(weight: Tensor) -> int:
-    """The most tokens for which the weight plan does not pay, where norms are known and the weight is in the product's dtype."""
-    out_features, in_features = weight.shape
-    return 2 * out_features * in_features // max(1, 2 * out_features + in_features)
-
-
 def takes_few_tokens(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known: bool) -> bool:
     """Whether one kernel computes the whole output, instead of either plan's products; a weight in any dtype is read in place."""
     if tokens > FEW_TOKENS or _is_transposed(weight):

@@ -7,6 +7,8 @@ FEW_TOKENS one kernel gives the output, beyond them, where no weight plan pays, 
 
 from __future__ import annotations
 
+import bisect
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +20,7 @@ from .. import native, reference
 from ._backend import backend_under
 from ._context import PassMode
 from ._library import PLAIN, is_eager
-from ._native_plan import FEW_TOKENS, Layer, most_of_activation_plan, takes_few_tokens
+from ._native_plan import FEW_TOKENS, Layer, takes_few_tokens, weight_plan_pays
 from .parameter_state import ParameterState, is_counted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,9 +47,9 @@ class Decode:
         self.state = ParameterState(held.values(), scaling)
         terms = (lora_A.detach(), lora_B.detach(), magnitude.detach(), None if bias is None else bias.detach())
         layer = Layer(weight.detach(), *terms, scaling, in_bf16=False)
-        self._most = most_decoded_tokens(layer.weight)
+        self._most = _most_tokens(layer.weight)
         self._layer, scale = layer, reference.row_scale(layer.magnitude, norm)
-        self._terms = layer.weight, layer.lora_A, layer.lora_B, scale, layer.bias
+        self._terms = layer.weight, layer.lora_A, layer.lora_B, scale, layer.bias, scaling
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or unpickled module finds its own."""
@@ -55,7 +57,7 @@ class Decode:
 
     def __call__(self, x: Tensor, held: Mapping[str, Tensor | None], scaling: float, mode: PassMode) -> Tensor | None:
         """y of the module that holds these parameters, or None where the call is another one than this can take."""
-        weight, lora_A, lora_B, scale, bias = self._terms
+        weight, lora_A, lora_B, scale, bias, factor = self._terms
         dtype, shape, columns = x.dtype, x.shape, weight.shape[1]
         if (
             _grad()
@@ -80,25 +82,26 @@ class Decode:
         x, tokens = self._layer.flat(x), size // columns
         if tokens <= FEW_TOKENS:
             y = scale.new_empty(tokens, scale.shape[0])
-            native.few_tokens(x, weight, lora_A, lora_B, scale, bias, scaling, y)
+            native.few_tokens(x, weight, lora_A, lora_B, scale, bias, factor, y)
         else:
             y = torch.mm(x, weight.t())
-            native.compose(y, torch.mm(x, lora_A.t()), lora_B, scale, bias, scaling, y)
+            native.compose(y, torch.mm(x, lora_A.t()), lora_B, scale, bias, factor, y)
         if len(shape) == 2 and dtype is torch.float32:
             return y
         return y.to(dtype).view(*shape[:-1], y.shape[1])
 
 
-def most_decoded_tokens(weight: Tensor) -> int:
+def _most_tokens(weight: Tensor) -> int:
     """How many tokens' outputs the short way gives for this weight: those of one kernel or of the activation plan."""
     dtype = reference.norm_dtype(weight)
-    if (
-        dtype is not torch.float32
-        or native.stored(weight) is not weight
-        or not takes_few_tokens(1, weight, dtype, norm_known=True)
-    ):
+    if dtype is not torch.float32 or native.stored(weight) is not weight:
         return 0
-    return most_of_activation_plan(weight) if weight.dtype is dtype else FEW_TOKENS
+    if not takes_few_tokens(1, weight, dtype, norm_known=True):
+        return 0
+    if weight.dtype is not dtype:
+        return FEW_TOKENS
+    pays = functools.partial(weight_plan_pays, weight=weight, dtype=dtype, norm_known=True)
+    return bisect.bisect_left(range(1, weight.shape[1] + 1), True, key=pays)  # it pays at the latest with a square x
 
 
 def may_decode(held: Mapping[str, Tensor | None], *used: Tensor | None) -> bool:

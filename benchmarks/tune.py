@@ -71,7 +71,7 @@ class Problem:
                 torch.zeros(n, device=self.device), grad, x, weight, a, b, 0.0 * ones, ones, 0.5
             ),
             "compose": lambda: launch_compose(x, hidden, b, ones, 0.5),
-            "compose_backward": lambda: dataclasses.astuple(
+            "compose_backward": lambda: tuple(
                 launch_compose_backward(grad, hidden, b, ones, ones, 0.5, base=x, hidden_dtype=torch.float32)
             ),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,57 @@ from .tiles import Tile, tile_for
 LAUNCHES: collections.Counter[str] = collections.Counter()  # launches per kernel in this process
 
 
+# (a compiled kernel, the values of its compile-time parameters) by everything that Triton would compile it anew for
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_INT32 = 31
+
+
+def compiled_for(args: Sequence[Any]) -> list[Any]:
+    """What Triton compiles a kernel for, of its run-time arguments: dtypes, alignment to 16 bytes, divisibility by 16, ones, width.
+
+    Equal lists are served by one compiled kernel. Finer than Triton's own key costs a kernel that was there already, coarser
+    would be wrong.
+    """
+    found: list[Any] = []
+    for arg in args:
+        if type(arg) is int:
+            found.append((arg == 1, arg & 15 == 0, arg >> _INT32))
+        elif type(arg) is float:
+            found.append(None)
+        else:
+            found += (arg.dtype, arg.data_ptr() & 15 == 0)
+    return found
+
+
 def run(name: str, kernel: Any, grid: tuple[int, ...], anchor: Tensor, *args: Any, **options: Any) -> None:
-    """Launch a kernel on the device of `anchor` and count it under `name`."""
+    """Launch a kernel on the device of `anchor` and count it under `name`; the keywords are its compile-time parameters.
+
+    A second launch with arguments of the same kind goes past Triton's own look at them, which takes longer than most kernels.
+    """
     LAUNCHES[name] += 1
-    guard = torch.cuda.device(anchor.device) if anchor.is_cuda else contextlib.nullcontext()
-    with guard:
-        kernel[grid](*args, enable_fp_fusion=True, **options)
+    if not anchor.is_cuda or torch.version.hip is not None:  # AMD's kernels also depend on the sizes of tensors
+        guard = torch.cuda.device(anchor.device) if anchor.is_cuda else contextlib.nullcontext()
+        with guard:
+            kernel[grid](*args, enable_fp_fusion=True, **options)
+        return
+    if (index := anchor.get_device()) == torch.cuda.current_device():
+        _launch_compiled(kernel, index, grid, args, options)
+    else:
+        with torch.cuda.device(index):
+            _launch_compiled(kernel, index, grid, args, options)
+
+
+def _launch_compiled(kernel: Any, index: int, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    key = (id(kernel), index, *options.items(), *compiled_for(args))
+    ready = _COMPILED.get(key)
+    if ready is None:
+        compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+        if compiled is not None:
+            constants = tuple(options[parameter] for parameter in kernel.arg_names[len(args) :])
+            _COMPILED[key] = (compiled.result() if hasattr(compiled, "result") else compiled), constants
+        return
+    compiled, constants = ready
+    compiled[(*grid, 1, 1)[:3]](*args, *constants)
 
 
 @functools.cache
@@ -33,7 +79,8 @@ def _architecture(index: int) -> str:
 
 def architecture_of(device: str | torch.device) -> str:
     """The name of a device's row in the tile tables, like "sm_90"; "default" for a CPU."""
-    device = torch.device(device)
+    if isinstance(device, str):
+        device = torch.device(device)
     if device.type != "cuda":
         return "default"
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
@@ -41,9 +88,12 @@ def architecture_of(device: str | torch.device) -> str:
 
 def tile(kernel: str, r: int, *operands: Tensor | None) -> Tile:
     """The tile for a kernel whose streamed operands are these."""
-    present = [operand for operand in operands if operand is not None]
-    widest = max(operand.element_size() for operand in present)
-    return tile_for(kernel, r, widest, architecture_of(present[0].device))
+    widest, anchor = 0, None
+    for operand in operands:
+        if operand is not None:
+            widest, anchor = max(widest, operand.element_size()), operand
+    assert anchor is not None
+    return tile_for(kernel, r, widest, architecture_of(anchor.device))
 
 
 def precision(*operands: Tensor | None) -> str:

@@ -13,7 +13,7 @@ Sums over tokens and over tiles of out features go through fp32 partials, which 
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 import triton
@@ -114,8 +114,7 @@ def _compose_backward_kernel(
         tl.store(hidden_partial_ptr + offset, grad_hidden * scaling, mask=token_ok[:, None] & rank_ok[None, :])
 
 
-@dataclasses.dataclass(frozen=True)
-class ComposeGradients:
+class ComposeGradients(NamedTuple):
     """What a pass asked for: grad_base [tokens, out], grad_hidden [tokens, r], grad_lora_B [out, r], grad_magnitude [out]."""
 
     base: Tensor | None = None
@@ -173,8 +172,8 @@ def launch_compose_backward(
     tiles_per_split = cdiv(out_tiles, splits)
     splits = max(cdiv(out_tiles, tiles_per_split), 1) if out_tiles else 1
     rank_programs = chunks if needs_hidden or needs_lora_B else 1
-    hidden_partials = empty(splits, tokens, r) if needs_hidden else None
-    lora_B_partials = empty(token_tiles, out_features, r) if needs_lora_B else None
+    hidden_partials = empty(splits, tokens * r) if needs_hidden else None
+    lora_B_partials = empty(token_tiles, out_features * r) if needs_lora_B else None
     magnitude_partials = empty(rank_programs * token_tiles, out_features) if needs_magnitude else None
     buffers = (grad_base, hidden_partials, lora_B_partials, magnitude_partials)
     if tokens and out_features and any(buffer is not None for buffer in buffers):
@@ -193,9 +192,9 @@ def launch_compose_backward(
 
     segments = []
     if hidden_partials is not None:
-        segments.append(Segment(hidden_partials.view(splits, -1), dtype=hidden_dtype or hidden.dtype))
+        segments.append(Segment(hidden_partials, dtype=hidden_dtype or hidden.dtype, shape=(tokens, r)))
     if lora_B_partials is not None:
-        segments.append(Segment(lora_B_partials.view(token_tiles, out_features * r)))
+        segments.append(Segment(lora_B_partials, shape=(out_features, r)))
     if magnitude_partials is not None:
         from_output = output is not None
         segments.append(
@@ -204,7 +203,7 @@ def launch_compose_backward(
     reduced = iter(launch_reduce_partials(*segments)) if segments else iter(())
     return ComposeGradients(
         base=grad_base,
-        hidden=None if hidden_partials is None else next(reduced).view(tokens, r),
-        lora_B=None if lora_B_partials is None else next(reduced).view(out_features, r),
+        hidden=None if hidden_partials is None else next(reduced),
+        lora_B=None if lora_B_partials is None else next(reduced),
         magnitude=None if magnitude_partials is None else next(reduced),
     )

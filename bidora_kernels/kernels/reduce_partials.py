@@ -5,7 +5,7 @@ output[j] = sum_p partials[p, j], optionally divided by the row norm (DoRA, arXi
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,18 +16,18 @@ from ._arithmetic import inverse_norm, round_to
 from ._launch import cdiv, run
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """One reduction: partials [parts, length] fp32 to [length].
+class Segment(NamedTuple):
+    """One reduction: partials [parts, length] fp32 to `shape`, of `length` elements.
 
     norm: [length] fp32; the sum is divided by it, and is 0 where it lies below NORM_FLOOR. divisor: [length] of any dtype, for a
-    plain quotient that is 0 where the divisor is 0. dtype: of the result.
+    plain quotient that is 0 where the divisor is 0. dtype: of the result. shape: [length] by default.
     """
 
     partials: Tensor
     norm: Tensor | None = None
     divisor: Tensor | None = None
     dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] | None = None
 
 
 @triton.jit
@@ -73,12 +73,12 @@ def _reduce_partials_kernel(
 
 
 def launch_reduce_partials(*segments: Segment, block: int = 128, block_parts: int = 8) -> list[Tensor]:
-    """Return one [length] tensor per segment; up to three segments share one launch."""
+    """Return one tensor per segment; up to three segments share one launch."""
     outputs, args, finishes = [], [], []
     total_blocks = 0
     for segment in segments:
         parts, length = segment.partials.shape
-        output = torch.empty(length, dtype=segment.dtype, device=segment.partials.device)
+        output = torch.empty(segment.shape or (length,), dtype=segment.dtype, device=segment.partials.device)
         divisor = segment.norm if segment.norm is not None else segment.divisor
         blocks = cdiv(length, block)
         args += [segment.partials, output if divisor is None else divisor, output, parts, length, blocks]

@@ -105,8 +105,8 @@ def launch_weight_norm_and_scale(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Return (norm, c = magnitude / norm), fp32 [out] each."""
-    sums = _sums(weight, rows(lora_A)[None], rows(lora_B)[None], scaling)
-    norm, scale = torch.empty_like(sums[0, 0]), torch.empty_like(sums[0, 0])
+    sums = _sums(weight, rows(lora_A), rows(lora_B), scaling)
+    norm, scale = (torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for _ in range(2))
     _finish(sums, norm, scale, sums.shape[0], magnitude.contiguous())
     return norm, scale
 
@@ -114,20 +114,21 @@ def launch_weight_norm_and_scale(
 def launch_weight_norms(weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
     """Return fp32 [len(sets), out]: the norms for several (lora_A, lora_B) of one rank and dtype, in one pass over weight."""
     if len(sets) == 1:
-        lora_A, lora_B = rows(sets[0][0])[None], rows(sets[0][1])[None]
+        lora_A, lora_B = (rows(factor) for factor in sets[0])
     else:
         padded = [padded_ranks(a, b) for a, b in sets]
         lora_A, lora_B = torch.stack([a for a, _ in padded]), torch.stack([b for _, b in padded])
     sums = _sums(weight, lora_A, lora_B, scaling)
-    norms = torch.empty_like(sums[0])
+    norms = torch.empty(len(sets), weight.shape[0], dtype=torch.float32, device=weight.device)
     _finish(sums, norms, None, sums.shape[0], None)
     return norms
 
 
 def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """[splits, sets, out] sums of squares for lora_A [sets, r, in] and lora_B [sets, out, r]."""
+    """[splits, sets, out] sums of squares for lora_A [sets, r, in] and lora_B [sets, out, r], or one set without that dimension."""
     out_features, in_features = weight.shape
-    sets, r, _ = lora_A.shape
+    sets, r = (lora_A.shape[0] if lora_A.dim() == 3 else 1), lora_A.shape[-2]
+    stride_set_A, stride_set_B = (lora_A.stride(0), lora_B.stride(0)) if lora_A.dim() == 3 else (0, 0)
     chosen = tile("weight_norm" if sets == 1 else "weight_norms", r, weight, lora_A, lora_B)
     blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
     splits = splits_for(blocks, steps)
@@ -136,7 +137,7 @@ def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Ten
         run(
             "weight_norm", _weight_norm_kernel, (blocks, splits), weight,
             weight, lora_A, lora_B, sums, out_features, in_features, r, cdiv(steps, splits) * chosen["BLOCK_IN"], float(scaling),
-            *weight.stride(), lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1),
+            *weight.stride(), stride_set_A, lora_A.stride(-2), stride_set_B, lora_B.stride(-2),
             SETS=sets, SETS_PADDED=triton.next_power_of_2(sets),
             RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(lora_A, lora_B), **chosen,
         )  # fmt: skip

@@ -40,6 +40,11 @@ def flatten(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; where it has it, without a call into torch."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def rows(tensor: Tensor) -> Tensor:
     """The matrix itself where its rows are contiguous and do not overlap, else a contiguous copy."""
     if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]:

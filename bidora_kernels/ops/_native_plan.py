@@ -155,7 +155,7 @@ def forward(
     product_dtype: torch.dtype,
     out_dtype: torch.dtype,
     keeps: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
     """(y [tokens, out] in `out_dtype`, norm, what the backward needs beyond y or None)."""
     x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
     dtype = reference.norm_dtype(weight)
@@ -185,7 +185,7 @@ def forward(
                 torch.mm(x_dropped, frozen.t(), out=kept[:, part])
             native.compose(y, torch.mm(x_dropped, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y, kept)
     kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps)
-    return y if y.dtype is out_dtype else y.to(out_dtype), norm, None if kept_as is None else kept
+    return y if y.dtype is out_dtype else y.to(out_dtype), norm, None if kept_as is None else kept, ()
 
 
 def backward(

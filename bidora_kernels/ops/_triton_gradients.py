@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ._library import flatten
-
-if TYPE_CHECKING:
-    from ..kernels.compose_backward import ComposeGradients
+from ..kernels.compose_backward import ComposeGradients, launch_compose_backward
+from ..kernels.direction_backward import inverse_norms
+from ..kernels.weight_norm_backward import launch_weight_norm_backward
+from ..kernels.weight_norm_factors import launch_weight_norm_factors
+from ._library import as_dtype, flatten
 
 LIBRARY_RANK = 128  # from this rank on two library products replace the low-rank part of `compose_backward`
 
 
 def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., features] as [tokens, features] in a dtype."""
-    return flatten(x).to(dtype)
+    return as_dtype(flatten(x), dtype)
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -53,9 +52,6 @@ def layer_gradients(
     base_dtype: torch.dtype,
 ) -> ComposeGradients:
     """`launch_compose_backward`, its low-rank gradients by two library products at large ranks; arguments as there."""
-    from ..kernels.compose_backward import ComposeGradients, launch_compose_backward
-    from ..kernels.direction_backward import inverse_norms
-
     dtype = hidden.dtype
     from_base = needs_magnitude and output is None
     if hidden.shape[1] < LIBRARY_RANK or not (needs_hidden or needs_lora_B or from_base):
@@ -86,7 +82,7 @@ def low_rank_input(inputs: Tensor, lora_A: Tensor, needed: bool) -> Tensor:
     """x @ lora_A^T, computed again; where nobody reads it, a tensor of its shape."""
     if not needed:
         return inputs.new_empty(inputs.shape[0], lora_A.shape[0])
-    return torch.mm(inputs, lora_A.to(inputs.dtype).t())
+    return torch.mm(inputs, as_dtype(lora_A, inputs.dtype).t())
 
 
 def parameter_gradients(
@@ -111,9 +107,6 @@ def parameter_gradients(
     if needs_direction and grads.hidden is not None:
         grad_A = product(grads.hidden.t(), inputs, torch.float32)
     if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
-        from ..kernels.weight_norm_backward import launch_weight_norm_backward
-        from ..kernels.weight_norm_factors import launch_weight_norm_factors
-
         _, _, projection = launch_weight_norm_factors(weight, lora_A, lora_B, scaling)
         norm_A, norm_B = launch_weight_norm_backward(-scale * grad_magnitude, norm, projection, weight, lora_A, lora_B, scaling)
         grad_A, grad_B = grad_A + norm_A, grad_B + norm_B

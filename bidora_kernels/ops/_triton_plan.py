@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.compose import launch_compose
+from ..kernels.weight_norm import launch_row_scale, launch_weight_norm_and_scale
+from ._library import as_dtype
 from ._triton_gradients import flat, layer_gradients, low_rank_input, operand_dtype, parameter_gradients, product
 
 
@@ -34,26 +37,27 @@ def forward(
     product_dtype: torch.dtype,
     out_dtype: torch.dtype,
     keeps: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y [tokens, out] in `out_dtype`, norm, the base output of the low-rank branch's input where it is kept)."""
-    from ..kernels.compose import launch_compose
-    from ..kernels.weight_norm import launch_row_scale, launch_weight_norm_and_scale
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """(y [tokens, out] in `out_dtype`, norm, the base output of the low-rank branch's input where it is kept, `again`).
 
+    again: (c, lora_A in the product's dtype, hidden), small tensors that spare the backward four kernels.
+    """
     if norm is None:
         norm, scale = launch_weight_norm_and_scale(weight, lora_A, lora_B, magnitude, scaling)
     else:
-        norm = norm.float()
+        norm = as_dtype(norm, torch.float32)
         scale = launch_row_scale(magnitude, norm)
     operands = operand_dtype(x, weight, product_dtype)
-    frozen = weight.to(operands)
+    frozen = as_dtype(weight, operands)
     base = product(flat(x, operands), frozen.t(), product_dtype)
     inputs = flat(x if x_dropped is None else x_dropped, operands)
     base_dropped = None if x_dropped is None else product(inputs, frozen.t(), product_dtype)
-    hidden = torch.mm(inputs.to(product_dtype), lora_A.to(product_dtype).t())
+    narrow_A = as_dtype(lora_A, product_dtype)
+    hidden = torch.mm(as_dtype(inputs, product_dtype), narrow_A.t())
     in_place = base if (not keeps or x_dropped is not None) and base.dtype == out_dtype else None
     y = launch_compose(base, hidden, lora_B, scale, scaling, bias, base_dropped, output=in_place, dtype=out_dtype)
     kept = base if x_dropped is None else base_dropped
-    return y, norm, kept if keeps else None
+    return y, norm, kept if keeps else None, (scale, narrow_A, hidden)
 
 
 def backward(
@@ -74,27 +78,34 @@ def backward(
     needs_magnitude: bool,
     differentiate_norm: bool,
     product_dtype: torch.dtype,
+    again: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed."""
-    from ..kernels.weight_norm import launch_row_scale
+    """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
 
-    norm = norm.float()
-    scale = launch_row_scale(magnitude, norm)
+    again: what the forward left under this name; without it, it is computed again.
+    """
+    norm = as_dtype(norm, torch.float32)
     operands = operand_dtype(x, weight, product_dtype)
-    inputs, frozen = flat(x, product_dtype), weight.to(operands)
+    inputs, frozen = flat(x, product_dtype), as_dtype(weight, operands)
+    if again:
+        scale, narrow_A, hidden = again
+    else:
+        scale, narrow_A = launch_row_scale(magnitude, norm), as_dtype(lora_A, product_dtype)
+        hidden = low_rank_input(inputs, narrow_A, needs_direction or needs_magnitude)
     through_norm = needs_direction and differentiate_norm
     needs_inner = needs_dropped if dropped else needs_x
     grads = layer_gradients(
-        grad_output, low_rank_input(inputs, lora_A, needs_direction or needs_magnitude), lora_B, scale, norm, scaling,
+        grad_output, hidden, lora_B, scale, norm, scaling,
         base=kept, dropped=dropped, needs_base=needs_inner, needs_hidden=needs_inner or needs_direction,
         needs_lora_B=needs_direction, needs_magnitude=needs_magnitude or through_norm, base_dtype=operands,
     )  # fmt: skip
     grad_inner = None
     if grads.base is not None and grads.hidden is not None:
-        grad_inner = torch.addmm(torch.mm(grads.base, frozen), grads.hidden.to(operands), lora_A.to(operands))
+        # the small product first: the large one then adds to it as it writes
+        grad_inner = torch.mm(as_dtype(grads.hidden, operands), as_dtype(narrow_A, operands)).addmm_(grads.base, frozen)
     grad_x = grad_inner
     if dropped:
-        grad_x = torch.mm(grad_output.to(operands), frozen) if needs_x else None
+        grad_x = torch.mm(as_dtype(grad_output, operands), frozen) if needs_x else None
     parameters = parameter_gradients(
         grads, inputs, weight, lora_A, lora_B, scale, norm, scaling,
         needs_direction=needs_direction, needs_magnitude=needs_magnitude, through_norm=through_norm,

@@ -10,6 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.magnitude_gradient import launch_magnitude_gradient
+from ..kernels.merged_weight import launch_merged_weight
+from ..kernels.weight_norm import launch_row_scale
+from ._library import as_dtype
 from ._triton_gradients import flat, layer_gradients, low_rank_input, parameter_gradients
 
 DITHER_SEED = 0x5EED
@@ -30,9 +34,7 @@ def merge(
     norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(W' [out, in] in `dtype`, the row norms in fp32)."""
-    from ..kernels.merged_weight import launch_merged_weight
-
-    norm = None if norm is None else norm.float()
+    norm = None if norm is None else as_dtype(norm, torch.float32)
     return launch_merged_weight(weight, lora_A, lora_B, magnitude, scaling, norm, dtype, DITHER_SEED)
 
 
@@ -49,17 +51,17 @@ def forward(
     out_dtype: torch.dtype,
     keeps: bool,
     merged: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y [tokens, out] in `out_dtype`, norm, the output without bias where the backward needs it and y is something else)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
+    """(y [tokens, out] in `out_dtype`, norm, the output without bias where the backward needs it and y is something else, ())."""
     if merged is None:
         merged, norm = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm)
     inputs = flat(x, product_dtype)
     if bias is None or keeps:
         unbiased = torch.mm(inputs, merged.t())
-        y = (unbiased if bias is None else unbiased + bias.to(product_dtype)).to(out_dtype)
+        y = as_dtype(unbiased if bias is None else unbiased + as_dtype(bias, product_dtype), out_dtype)
     else:
-        y = unbiased = torch.addmm(bias.to(product_dtype), inputs, merged.t()).to(out_dtype)
-    return y, norm, None if kept_dtype(product_dtype, out_dtype, keeps, bias is not None) is None else unbiased
+        y = unbiased = as_dtype(torch.addmm(as_dtype(bias, product_dtype), inputs, merged.t()), out_dtype)
+    return y, norm, None if kept_dtype(product_dtype, out_dtype, keeps, bias is not None) is None else unbiased, ()
 
 
 def backward(
@@ -80,10 +82,7 @@ def backward(
     merged: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad_x [tokens, in], None, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed."""
-    from ..kernels.magnitude_gradient import launch_magnitude_gradient
-    from ..kernels.weight_norm import launch_row_scale
-
-    norm = norm.float()
+    norm = as_dtype(norm, torch.float32)
     scale = launch_row_scale(magnitude, norm)
     inputs = flat(x, product_dtype)
     through_norm = needs_direction and differentiate_norm
@@ -92,7 +91,7 @@ def backward(
         merged, _ = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm)
     if needs_sum and kept is None and merged is not None:
         kept = torch.mm(inputs, merged.t())
-    grad_x = torch.mm(grad_output.to(product_dtype), merged) if needs_x and merged is not None else None
+    grad_x = torch.mm(as_dtype(grad_output, product_dtype), merged) if needs_x and merged is not None else None
     if not (needs_direction or needs_sum):
         return grad_x, None, None, None, None
     grads = layer_gradients(

@@ -9,6 +9,7 @@ is known already; then `norm_given` is known too, and not a constant.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,17 +18,18 @@ from torch import Tensor
 
 from .. import reference
 from . import _library as library
-from . import _triton_weight_plan
 
 
-def _implementation(backend: str) -> Any:
+@functools.cache
+def _implementation(backend: str, plan: str) -> Any:
+    """The module of a plan; the kernels are imported where a backend serves a call, and once."""
     if backend == "native":
-        from . import _native_plan
-
-        return _native_plan
-    from . import _triton_plan
-
-    return _triton_plan
+        from . import _native_plan as module
+    elif plan == "weight":
+        from . import _triton_weight_plan as module  # type: ignore[no-redef]
+    else:
+        from . import _triton_plan as module  # type: ignore[no-redef]
+    return module
 
 
 _NOTHING = contextlib.nullcontext()
@@ -46,21 +48,22 @@ def _planned_forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
     x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
     out_dtype: torch.dtype, keeps: bool, backend: str, plan: str, merged: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(y, the norms, what the backward needs beyond y or None) by the plan of the backend."""
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:  # fmt: skip
+    """(y, the norms, what the backward needs beyond y or None, what it could compute again) by the plan of the backend."""
+    implementation = _implementation(backend, plan)
     with _without_autocast(x.device.type):
         if plan == "weight":
-            y, norm, kept = _triton_weight_plan.forward(
+            y, norm, kept, again = implementation.forward(
                 x, weight, lora_A, lora_B, magnitude, norm_given, bias, scaling, product_dtype, out_dtype, keeps, merged
             )
         else:
-            y, norm, kept = _implementation(backend).forward(
+            y, norm, kept, again = implementation.forward(
                 x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype,
                 keeps,
             )  # fmt: skip
     if norm is None:
         raise RuntimeError("a merged weight came without its norms")
-    return _shaped(y, (*x.shape[:-1], weight.shape[0])), norm, kept
+    return _shaped(y, (*x.shape[:-1], weight.shape[0])), norm, kept, again
 
 
 def _forward(
@@ -68,7 +71,7 @@ def _forward(
     x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
     out_dtype: torch.dtype, keeps: bool, backend: str, plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, norm, kept = _planned_forward(
+    y, norm, kept, _ = _planned_forward(
         x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, precise, product_dtype,
         out_dtype, keeps, backend, plan, merged,
     )  # fmt: skip
@@ -82,11 +85,12 @@ def _forward_fake(
     out_dtype: torch.dtype, keeps: bool, backend: str, plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+    implementation = _implementation(backend, plan)
     if plan == "weight":
-        kept_dtype = _triton_weight_plan.kept_dtype(product_dtype, out_dtype, keeps, bias is not None)
+        kept_dtype = implementation.kept_dtype(product_dtype, out_dtype, keeps, bias is not None)
     else:
         dropped = x_dropped is not None
-        kept_dtype = _implementation(backend).kept_dtype(weight, dropped, precise, product_dtype, out_dtype, keeps)
+        kept_dtype = implementation.kept_dtype(weight, dropped, precise, product_dtype, out_dtype, keeps)
     kept = x.new_empty(0) if kept_dtype is None else y.new_empty(library.flatten(y).shape, dtype=kept_dtype)
     norm = x.new_empty(0) if norm_given is not None else weight.new_empty(weight.shape[0], dtype=reference.norm_dtype(weight))
     return y, norm, kept
@@ -106,24 +110,25 @@ def _planned_backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
     bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
     needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
-    plan: str, merged: Tensor | None,
+    plan: str, merged: Tensor | None, again: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of x, x_dropped, lora_A, lora_B and magnitude in their dtypes and shapes, None for what is not needed."""
     grad_output, kept = library.flatten(grad_output), None if kept is None else library.flatten(kept)
+    implementation = _implementation(backend, plan)
     with _without_autocast(x.device.type):
         if plan == "weight":
-            grads = _triton_weight_plan.backward(
+            grads = implementation.backward(
                 grad_output, x, weight, lora_A, lora_B, magnitude, norm, kept, scaling, needs_x, needs_direction,
                 needs_magnitude, differentiate_norm, product_dtype, merged,
             )  # fmt: skip
         else:
-            grads = _implementation(backend).backward(
+            grads = implementation.backward(
                 grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
-                needs_direction, needs_magnitude, differentiate_norm, product_dtype,
+                needs_direction, needs_magnitude, differentiate_norm, product_dtype, *((again,) if again else ()),
             )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
     return tuple(
-        None if grad is None else _shaped(grad.to(target.dtype), target.shape) for grad, target in zip(grads, like, strict=True)
+        None if grad is None else _shaped(library.as_dtype(grad, target.dtype), target.shape) for grad, target in zip(grads, like, strict=True)
     )
 
 
@@ -179,7 +184,9 @@ class _Keep(torch.autograd.Function):
         return None, None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, norm: Tensor, kept: Tensor | None) -> None:
+def _save(
+    ctx: Any, inputs: tuple[Any, ...], y: Tensor, norm: Tensor, kept: Tensor | None, again: tuple[Tensor, ...] = ()
+) -> None:
     """Keep for the backward what the needed gradients ask for."""
     x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, *others = inputs
     _, product_dtype, _, _, backend, ctx.plan, merged = others
@@ -200,7 +207,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], y: Tensor, norm: Tensor, kept: Tens
             ctx.output = _Keep.apply(torch.empty(0, requires_grad=True), y.detach()).grad_fn
     else:
         ctx.output = y.detach(), y._version
-    ctx.save_for_backward(x if x_dropped is None else x_dropped, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept)
+    low_rank_input = x if x_dropped is None else x_dropped
+    ctx.save_for_backward(low_rank_input, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept, *again)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -225,15 +233,17 @@ def _saved_output(ctx: Any) -> Tensor | None:
         return None
 
 
-def _gradients(backward: Any, ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """What `backward`, the operator or its implementation, finds for the inputs that need a gradient."""
-    x, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept = ctx.saved_tensors
+def _gradients(ctx: Any, grad_output: Tensor, bypass: bool) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs that need one, by the operator or, where `bypass` allows it, its implementation."""
+    x, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept, *again = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = backward(
+    arguments = (
         grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, _saved_output(ctx) if kept is None else kept,
         ctx.scaling, ctx.dropped, needs[0], needs[7], ctx.direction, ctx.magnitude, ctx.differentiate_norm, ctx.product_dtype,
         ctx.backend, ctx.plan, merged,
     )  # fmt: skip
+    found = _planned_backward(*arguments, tuple(again)) if bypass else _dora_linear_backward(*arguments)
+    grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = found
     return (
         grad_x if needs[0] else None, None, grad_A if needs[2] else None, grad_B if needs[3] else None,
         grad_magnitude if needs[4] else None, None, None, grad_dropped if needs[7] else None, *(None,) * 9,
@@ -241,7 +251,7 @@ def _gradients(backward: Any, ctx: Any, grad_output: Tensor) -> tuple[Tensor | N
 
 
 def _operator_gradients(ctx: Any, grad_output: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(_dora_linear_backward, ctx, grad_output)
+    return _gradients(ctx, grad_output, bypass=False)
 
 
 torch.library.register_autograd(
@@ -255,15 +265,15 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """y, as the operator's first output."""
-        y, norm, kept = _planned_forward(*inputs)
-        _save(ctx, inputs, y, norm, kept)
+        y, norm, kept, again = _planned_forward(*inputs)
+        _save(ctx, inputs, y, norm, kept, again)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """As the operator's; under create_graph by the operator, whose own derivative says what is missing."""
         bypass = not torch.is_grad_enabled() and library.is_eager(grad_output)
-        return _gradients(_planned_backward if bypass else _dora_linear_backward, ctx, grad_output)
+        return _gradients(ctx, grad_output, bypass)
 
 
 def reads_output(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, detach_norm: bool) -> bool:

@@ -30,6 +30,26 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def bf16_pieces(x):
+    """fp32 x as the sum of three bf16 numbers, which hold its 24 bits."""
+    first = round_to(x, tl.bfloat16)
+    rest = x - first.to(tl.float32)
+    second = round_to(rest, tl.bfloat16)
+    return first, second, round_to(rest - second.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def dot_pieces(b_1, b_2, b_3, a_1, a_2, a_3, zero, PRECISION: tl.constexpr):
+    """b @ a in fp32 from their pieces, small terms first; what is left out lies 2^-24 below the largest."""
+    product = dot(b_3, a_1, zero, PRECISION)
+    product = dot(b_1, a_3, product, PRECISION)
+    product = dot(b_2, a_2, product, PRECISION)
+    product = dot(b_2, a_1, product, PRECISION)
+    product = dot(b_1, a_2, product, PRECISION)
+    return dot(b_1, a_1, product, PRECISION)
+
+
+@triton.jit
 def row_scale(magnitude, norm):
     """c = magnitude / norm where norm >= NORM_FLOOR, else 1."""
     above = norm >= _FLOOR

@@ -1,14 +1,15 @@
 """The gradients of `compose` in one pass over the gradient of its output (DoRA, arXiv:2402.09353, section 4.3).
 
     grad_base      = c * grad_output                       (with dropout: (c - 1) * grad_output, for base_dropped)
-    grad_hidden    = scaling * (c * grad_output) @ lora_B
+    grad_hidden    = grad_output @ (scaling * c * lora_B)
     grad_lora_B    = scaling * c * (grad_output^T @ hidden)
     grad_magnitude = sum over tokens of grad_output * (base + scaling * hidden @ lora_B^T) / norm    (0 where norm < 1e-18)
                    = (sum of grad_output * base + scaling * row sum of lora_B * (grad_output^T @ hidden)) / norm
 
 With dropout the base of grad_magnitude is base_dropped. Where the layer's output is kept anyway and there is no dropout,
 grad_magnitude can come from it: the sum of grad_output * (output - bias) / magnitude, lost where magnitude is 0.
-Sums over tokens and over tiles of out features go through fp32 partials, which `reduce_partials` adds in a fixed order.
+Sums over splits of the tokens and over tiles of out features go through fp32 partials, which `reduce_partials` adds in a fixed
+order.
 """
 
 from __future__ import annotations
@@ -29,89 +30,102 @@ from .reduce_partials import Segment, launch_reduce_partials
 def _compose_backward_kernel(
     grad_output_ptr, saved_ptr, hidden_ptr, lora_B_ptr, scale_ptr, bias_ptr,
     grad_base_ptr, hidden_partial_ptr, lora_B_partial_ptr, magnitude_partial_ptr,
-    tokens, out_features, r, tiles_per_split, splits, scaling,
+    tokens, out_features, r, tiles_per_split, scaling,
     stride_grad_output, stride_saved, stride_hidden, stride_lora_B, stride_grad_base,
     GRAD_BASE: tl.constexpr, GRAD_HIDDEN: tl.constexpr, GRAD_LORA_B: tl.constexpr, GRAD_MAGNITUDE: tl.constexpr,
     FROM_OUTPUT: tl.constexpr, HAS_BIAS: tl.constexpr, DROPPED: tl.constexpr,
     RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program handles BLOCK_T tokens and one split of out_features.
+    """One program handles BLOCK_OUT out features and one split of the tokens: what sums over tokens stays in registers.
 
     With a low-rank gradient it handles one chunk of ranks, else (grad_magnitude alone) all RANK_CHUNKS of them.
-    Partials: hidden [splits, tokens, r], lora_B [token tiles, out, r], magnitude [rank programs, token tiles, out].
+    Partials: hidden [out tiles, tokens, r], lora_B [splits, out, r], magnitude [rank programs, splits, out].
     """
-    split = tl.program_id(0) % splits
-    token_tile = tl.program_id(0) // splits
+    out_tiles = tl.cdiv(out_features, BLOCK_OUT)
+    out_tile = tl.program_id(0) % out_tiles
+    split = tl.program_id(0) // out_tiles
     chunk = tl.program_id(1)
-    # pointers to the tile's first token are 64-bit, offsets inside a tile 32-bit: wide offsets per element cost registers
-    first_token = token_tile.to(tl.int64) * BLOCK_T
-    grad_output_ptr += first_token * stride_grad_output
-    saved_ptr += first_token * stride_saved
-    hidden_ptr += first_token * stride_hidden
-    grad_base_ptr += first_token * stride_grad_base
-    hidden_partial_ptr += (split.to(tl.int64) * tokens + first_token) * r
-    lora_B_partial_ptr += token_tile.to(tl.int64) * out_features * r
-    magnitude_partial_ptr += (chunk * tl.cdiv(tokens, BLOCK_T) + token_tile).to(tl.int64) * out_features
-    token, rank = tl.arange(0, BLOCK_T), chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-    token_ok, rank_ok = token_tile * BLOCK_T + token < tokens, rank < r
-    # what does not depend on the chunk is read and written by the first one alone
-    first_token_ok = token_tile * BLOCK_T + token < tl.where(chunk == 0, tokens, 0)
+    col, rank = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT), chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+    col_ok, rank_ok = col < out_features, rank < r
+    hidden_partial_ptr += out_tile.to(tl.int64) * tokens * r
+    lora_B_partial_ptr += split.to(tl.int64) * out_features * r
+    magnitude_partial_ptr += (chunk * (tl.num_programs(0) // out_tiles) + split).to(tl.int64) * out_features
     LOW_RANK: tl.constexpr = GRAD_HIDDEN or GRAD_LORA_B
     FROM_BASE: tl.constexpr = GRAD_MAGNITUDE and not FROM_OUTPUT
-    GRAD_TIMES_HIDDEN: tl.constexpr = GRAD_LORA_B or (GRAD_HIDDEN and FROM_BASE)
-    if GRAD_TIMES_HIDDEN:
-        h = tl.load(hidden_ptr + token[:, None] * stride_hidden + rank[None, :], token_ok[:, None] & rank_ok[None, :], 0.0)
+    ALL_RANKS: tl.constexpr = LOW_RANK or RANK_CHUNKS == 1  # of this program, in one tile of lora_B
+    GRAD_TIMES_HIDDEN: tl.constexpr = GRAD_LORA_B or (FROM_BASE and ALL_RANKS)
+    scale = tl.load(scale_ptr + col, mask=col_ok, other=0.0)
+    if LOW_RANK or GRAD_TIMES_HIDDEN:
+        b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
     if GRAD_HIDDEN:
-        grad_hidden = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        scaled_b = round_to(b.to(tl.float32) * (scaling * scale)[:, None], hidden_ptr.dtype.element_ty)
+    if GRAD_TIMES_HIDDEN:
+        product = tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32)
+    if GRAD_MAGNITUDE:
+        # of grad and saved: tokens that lie so far apart share a thread, the rest is summed at the end
+        GROUPS: tl.constexpr = 4
+        products = tl.zeros((BLOCK_T // GROUPS, BLOCK_OUT), tl.float32)
+    if FROM_BASE and not ALL_RANKS:
+        low_rank_sum = tl.zeros((BLOCK_OUT,), tl.float32)
+    if FROM_OUTPUT and HAS_BIAS:
+        bias = tl.load(bias_ptr + col, mask=col < tl.where(chunk == 0, out_features, 0), other=0.0).to(tl.float32)
     for index in tl.range(0, tiles_per_split):
-        col = (split * tiles_per_split + index) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        col_ok = col < out_features
+        # pointers to the tile's first token are 64-bit, offsets inside a tile 32-bit: wide offsets per element cost registers
+        first_token = (split * tiles_per_split + index).to(tl.int64) * BLOCK_T
+        token = tl.arange(0, BLOCK_T)
+        token_ok = first_token + token < tokens
         mask = token_ok[:, None] & col_ok[None, :]
-        first_mask = first_token_ok[:, None] & col_ok[None, :]
-        grad = tl.load(grad_output_ptr + token[:, None] * stride_grad_output + col[None, :], mask=mask, other=0.0)
+        # what does not depend on the chunk is read and written by the first one alone
+        first_mask = (first_token + token < tl.where(chunk == 0, tokens, 0))[:, None] & col_ok[None, :]
+        grad_tile = grad_output_ptr + first_token * stride_grad_output
+        grad = tl.load(grad_tile + token[:, None] * stride_grad_output + col[None, :], mask=mask, other=0.0)
         if GRAD_MAGNITUDE:
-            saved = tl.load(saved_ptr + token[:, None] * stride_saved + col[None, :], mask=first_mask, other=0.0).to(tl.float32)
-        if LOW_RANK:
-            b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
-            b = round_to(b, hidden_ptr.dtype.element_ty)
-        scale = tl.load(scale_ptr + col, mask=col_ok, other=0.0)
+            saved_tile = saved_ptr + first_token * stride_saved
+            saved = tl.load(saved_tile + token[:, None] * stride_saved + col[None, :], mask=first_mask, other=0.0)
+        hidden_tile = hidden_ptr + first_token * stride_hidden
+        if GRAD_TIMES_HIDDEN:
+            h = tl.load(hidden_tile + token[:, None] * stride_hidden + rank[None, :], token_ok[:, None] & rank_ok[None, :], 0.0)
         if GRAD_BASE:
             grad_base = grad.to(tl.float32) * (scale - 1.0 if DROPPED else scale)[None, :]
             grad_base = round_to(grad_base, grad_base_ptr.dtype.element_ty)
-            tl.store(grad_base_ptr + token[:, None] * stride_grad_base + col[None, :], grad_base, mask=first_mask)
+            base_tile = grad_base_ptr + first_token * stride_grad_base
+            tl.store(base_tile + token[:, None] * stride_grad_base + col[None, :], grad_base, mask=first_mask)
         if GRAD_MAGNITUDE:
+            saved = saved.to(tl.float32)
             if FROM_OUTPUT and HAS_BIAS:
-                bias_mask = col < tl.where(chunk == 0, out_features, 0)
-                saved -= tl.load(bias_ptr + col, mask=bias_mask, other=0.0).to(tl.float32)[None, :]
-            magnitude_sum = tl.sum(grad.to(tl.float32) * saved, axis=0)
+                saved -= bias[None, :]
+            products += tl.sum(tl.reshape(grad.to(tl.float32) * saved, (GROUPS, BLOCK_T // GROUPS, BLOCK_OUT)), axis=0)
+        if LOW_RANK or FROM_BASE:
+            narrow = round_to(grad, hidden_ptr.dtype.element_ty)
         if GRAD_HIDDEN:
-            scaled = round_to(grad.to(tl.float32) * scale[None, :], hidden_ptr.dtype.element_ty)
-            grad_hidden = dot(scaled, b, grad_hidden, PRECISION)
+            grad_hidden = dot(narrow, scaled_b, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), PRECISION)
+            partial_tile = hidden_partial_ptr + first_token * r
+            offset = token[:, None] * r + rank[None, :]
+            tl.store(partial_tile + offset, grad_hidden, mask=token_ok[:, None] & rank_ok[None, :])
         if GRAD_TIMES_HIDDEN:
-            transposed = tl.trans(round_to(grad, hidden_ptr.dtype.element_ty))
-            product = dot(transposed, h, tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32), PRECISION)
-            if GRAD_LORA_B:
-                partial = product * (scaling * scale)[:, None]
-                tl.store(lora_B_partial_ptr + col[:, None] * r + rank[None, :], partial, mask=col_ok[:, None] & rank_ok[None, :])
-            if FROM_BASE:  # sum over tokens of grad * (hidden @ lora_B^T), without that product
-                magnitude_sum += scaling * tl.sum(b.to(tl.float32) * product, axis=1)
-        if FROM_BASE and not LOW_RANK:
-            transposed = tl.trans(round_to(grad, hidden_ptr.dtype.element_ty))
+            product = dot(tl.trans(narrow), h, product, PRECISION)
+        if FROM_BASE and not ALL_RANKS:
             for part in tl.range(0, RANK_CHUNKS):
                 inner = part * BLOCK_R + tl.arange(0, BLOCK_R)
                 inner_ok = inner < r
                 h = tl.load(
-                    hidden_ptr + token[:, None] * stride_hidden + inner[None, :], token_ok[:, None] & inner_ok[None, :], 0.0
+                    hidden_tile + token[:, None] * stride_hidden + inner[None, :], token_ok[:, None] & inner_ok[None, :], 0.0
                 )
                 b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + inner[None, :], col_ok[:, None] & inner_ok[None, :], 0.0)
-                product = dot(transposed, h, tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32), PRECISION)
-                magnitude_sum += scaling * tl.sum(round_to(b, h.dtype).to(tl.float32) * product, axis=1)
-        if GRAD_MAGNITUDE:
-            tl.store(magnitude_partial_ptr + col, magnitude_sum, mask=col_ok)
-    if GRAD_HIDDEN:
-        offset = token[:, None] * r + rank[None, :]
-        tl.store(hidden_partial_ptr + offset, grad_hidden * scaling, mask=token_ok[:, None] & rank_ok[None, :])
+                part_product = dot(tl.trans(narrow), h, tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32), PRECISION)
+                low_rank_sum += tl.sum(round_to(b, h.dtype).to(tl.float32) * part_product, axis=1)
+    if GRAD_LORA_B:
+        partial = product * (scaling * scale)[:, None]
+        tl.store(lora_B_partial_ptr + col[:, None] * r + rank[None, :], partial, mask=col_ok[:, None] & rank_ok[None, :])
+    if GRAD_MAGNITUDE:
+        magnitude_sum = tl.sum(products, axis=0)
+        if FROM_BASE:  # sum over tokens of grad * (hidden @ lora_B^T), without that product
+            if ALL_RANKS:
+                magnitude_sum += scaling * tl.sum(round_to(b, hidden_ptr.dtype.element_ty).to(tl.float32) * product, axis=1)
+            else:
+                magnitude_sum += scaling * low_rank_sum
+        tl.store(magnitude_partial_ptr + col, magnitude_sum, mask=col_ok)
 
 
 class ComposeGradients(NamedTuple):
@@ -168,22 +182,21 @@ def launch_compose_backward(
     chosen = tile("compose_backward", r, grad_output, hidden, saved if needs_magnitude else None)
     token_tiles, out_tiles = cdiv(tokens, chosen["BLOCK_T"]), cdiv(out_features, chosen["BLOCK_OUT"])
     chunks = cdiv(r, chosen["BLOCK_R"])
-    splits = splits_for(token_tiles, out_tiles)
-    tiles_per_split = cdiv(out_tiles, splits)
-    splits = max(cdiv(out_tiles, tiles_per_split), 1) if out_tiles else 1
+    tiles_per_split = max(1, cdiv(token_tiles, splits_for(out_tiles, token_tiles)))
+    splits = cdiv(token_tiles, tiles_per_split)
     rank_programs = chunks if needs_hidden or needs_lora_B else 1
-    hidden_partials = empty(splits, tokens * r) if needs_hidden else None
-    lora_B_partials = empty(token_tiles, out_features * r) if needs_lora_B else None
-    magnitude_partials = empty(rank_programs * token_tiles, out_features) if needs_magnitude else None
+    hidden_partials = empty(out_tiles, tokens * r) if needs_hidden else None
+    lora_B_partials = empty(splits, out_features * r) if needs_lora_B else None
+    magnitude_partials = empty(rank_programs * splits, out_features) if needs_magnitude else None
     buffers = (grad_base, hidden_partials, lora_B_partials, magnitude_partials)
     if tokens and out_features and any(buffer is not None for buffer in buffers):
         # what a flag leaves out is never dereferenced; norm stands in for its pointer
         grad_base_arg, hidden_arg, lora_B_arg, magnitude_arg = (norm if buffer is None else buffer for buffer in buffers)
         run(
-            "compose_backward", _compose_backward_kernel, (token_tiles * splits, rank_programs), grad_output,
+            "compose_backward", _compose_backward_kernel, (out_tiles * splits, rank_programs), grad_output,
             grad_output, saved, hidden, lora_B, scale, norm if bias is None else bias,
             grad_base_arg, hidden_arg, lora_B_arg, magnitude_arg,
-            tokens, out_features, r, tiles_per_split, splits, float(scaling),
+            tokens, out_features, r, tiles_per_split, float(scaling),
             grad_output.stride(0), saved.stride(0), hidden.stride(0), lora_B.stride(0), out_features,
             GRAD_BASE=needs_base, GRAD_HIDDEN=needs_hidden, GRAD_LORA_B=needs_lora_B, GRAD_MAGNITUDE=needs_magnitude,
             FROM_OUTPUT=output is not None, HAS_BIAS=bias is not None, DROPPED=dropped,

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import dot, inverse_norm, low_rank_tile, round_to, row_scale
+from ._arithmetic import bf16_pieces, dot, dot_pieces, inverse_norm, low_rank_tile, round_to, row_scale
 from ._launch import cdiv, precision, rows, run, splits_for, tile
+from .pieces import launch_pieces
 from .weight_norm import launch_weight_norm
 
 
@@ -46,11 +47,14 @@ def _dither_to(x, noise, dtype: tl.constexpr):
 def _merged_weight_kernel(
     weight_ptr, lora_A_ptr, lora_B_ptr, magnitude_ptr, norm_ptr, merged_ptr,
     out_features, in_features, r, tiles_per_split, seed, scaling,
-    stride_weight_out, stride_weight_in, stride_lora_A, stride_lora_B,
-    UNIT: tl.constexpr, DITHER: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    stride_weight_out, stride_weight_in, stride_piece, stride_lora_A, stride_lora_B,
+    UNIT: tl.constexpr, DITHER: tl.constexpr, PIECES: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK_OUT rows of one split of in_features; UNIT rows have length 1 (0 below NORM_FLOOR)."""
+    """One program writes BLOCK_OUT rows of one split of in_features; UNIT rows have length 1 (0 below NORM_FLOOR).
+
+    With PIECES, lora_A is given by its three bf16 pieces.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row_ok = row < out_features
     norm = tl.load(norm_ptr + row, mask=row_ok, other=0.0)
@@ -62,12 +66,21 @@ def _merged_weight_kernel(
     if ONE_TILE_OF_B:
         rank = tl.arange(0, BLOCK_R).to(tl.int64)
         b = tl.load(lora_B_ptr + row[:, None] * stride_lora_B + rank[None, :], row_ok[:, None] & (rank < r)[None, :], 0.0)
+    if PIECES:
+        b_1, b_2, b_3 = bf16_pieces(b)
     for index in tl.range(0, tiles_per_split):
         col = (tl.program_id(1) * tiles_per_split + index).to(tl.int64) * BLOCK_IN + tl.arange(0, BLOCK_IN)
         col_ok = col < in_features
         mask = row_ok[:, None] & col_ok[None, :]
         w = tl.load(weight_ptr + row[:, None] * stride_weight_out + col[None, :] * stride_weight_in, mask=mask, other=0.0)
-        if ONE_TILE_OF_B:
+        if PIECES:
+            a_mask = (rank < r)[:, None] & col_ok[None, :]
+            a_tile = lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :]
+            a_1, a_2 = tl.load(a_tile, a_mask, 0.0), tl.load(a_tile + stride_piece, a_mask, 0.0)
+            a_3 = tl.load(a_tile + 2 * stride_piece, a_mask, 0.0)
+            zero = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+            low_rank = dot_pieces(b_1, b_2, b_3, a_1, a_2, a_3, zero, PRECISION)
+        elif ONE_TILE_OF_B:
             a = tl.load(lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :], (rank < r)[:, None] & col_ok[None, :], 0.0)
             low_rank = dot(b, a, tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32), PRECISION)
         else:
@@ -92,33 +105,37 @@ def launch_merged_weight(
     dtype: torch.dtype | None = None,
     dither_seed: int | None = None,
     output: Tensor | None = None,
+    pieces: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (merged [out, in] in `dtype`, the weight's by default, and the row norms, fp32 [out]).
 
     norm: the row norms where they are known, which saves a pass over weight. magnitude=None gives rows of length 1 (0 below
     NORM_FLOOR). dither_seed: round a 16-bit result with the fixed dither of that seed; fp32 results are never dithered.
-    output: a contiguous [out, in] tensor to fill.
+    output: a contiguous [out, in] tensor to fill. pieces: those of lora_A, where the caller has them.
     """
     out_features, in_features = weight.shape
     r = lora_A.shape[0]
     lora_A, lora_B = rows(lora_A), rows(lora_B)
     magnitude = None if magnitude is None else magnitude.contiguous()
     norm = None if norm is None else norm.contiguous()
+    pieces = launch_pieces(lora_A, lora_B) if pieces is None else pieces
     if norm is None:
-        norm = launch_weight_norm(weight, lora_A, lora_B, scaling)
+        norm = launch_weight_norm(weight, lora_A, lora_B, scaling, pieces)
     if output is None:
         output = torch.empty(out_features, in_features, dtype=dtype or weight.dtype, device=weight.device)
     if output.numel() == 0:
         return output, norm
     chosen = tile("merged_weight", r, weight, lora_A, lora_B, output)
+    if pieces is not None:
+        lora_A = pieces
     blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
     tiles_per_split = cdiv(steps, splits_for(blocks, steps))
     run(
         "merged_weight", _merged_weight_kernel, (blocks, cdiv(steps, tiles_per_split)), weight,
         weight, lora_A, lora_B, norm if magnitude is None else magnitude, norm, output,
         out_features, in_features, r, tiles_per_split, dither_seed or 0, float(scaling),
-        *weight.stride(), lora_A.stride(0), lora_B.stride(0),
-        UNIT=magnitude is None, DITHER=dither_seed is not None and output.element_size() == 2,
+        *weight.stride(), 0 if pieces is None else pieces.stride(0), lora_A.stride(-2), lora_B.stride(0),
+        UNIT=magnitude is None, DITHER=dither_seed is not None and output.element_size() == 2, PIECES=pieces is not None,
         RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(lora_A, lora_B), **chosen,
     )  # fmt: skip
     return output, norm

@@ -13,18 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import dot, low_rank_tile, row_scale
+from ._arithmetic import bf16_pieces, dot, dot_pieces, low_rank_tile, row_scale
 from ._launch import cdiv, padded_ranks, precision, rows, run, splits_for, tile
+from .pieces import launch_pieces
 
 
 @triton.jit
 def _weight_norm_kernel(
     weight_ptr, lora_A_ptr, lora_B_ptr, sum_ptr, out_features, in_features, r, split_size, scaling,
     stride_weight_out, stride_weight_in, stride_set_A, stride_lora_A, stride_set_B, stride_lora_B,
-    SETS: tl.constexpr, SETS_PADDED: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    SETS: tl.constexpr, SETS_PADDED: tl.constexpr, PIECES: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program sums the squares of BLOCK_OUT rows over one split of in_features, for every (lora_A, lora_B) set."""
+    """One program sums the squares of BLOCK_OUT rows over one split of in_features, for every (lora_A, lora_B) set.
+
+    With PIECES there is one set, and the three bf16 pieces of lora_A lie where the sets would.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row_ok = row < out_features
     split = tl.program_id(1)
@@ -34,6 +38,8 @@ def _weight_norm_kernel(
     if ONE_TILE_OF_B:
         rank = tl.arange(0, BLOCK_R).to(tl.int64)
         b = tl.load(lora_B_ptr + row[:, None] * stride_lora_B + rank[None, :], row_ok[:, None] & (rank < r)[None, :], 0.0)
+    if PIECES:
+        b_1, b_2, b_3 = bf16_pieces(b)
     for start in tl.range(split * split_size, tl.minimum((split + 1) * split_size, in_features), BLOCK_IN):
         col = (start + tl.arange(0, BLOCK_IN)).to(tl.int64)
         col_ok = col < in_features
@@ -42,7 +48,14 @@ def _weight_norm_kernel(
             mask=row_ok[:, None] & col_ok[None, :], other=0.0,
         )  # fmt: skip
         for index in tl.static_range(SETS):
-            if ONE_TILE_OF_B:
+            if PIECES:
+                a_mask = (rank < r)[:, None] & col_ok[None, :]
+                a_tile = lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :]
+                a_1, a_2 = tl.load(a_tile, a_mask, 0.0), tl.load(a_tile + stride_set_A, a_mask, 0.0)
+                a_3 = tl.load(a_tile + 2 * stride_set_A, a_mask, 0.0)
+                zero = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+                low_rank = dot_pieces(b_1, b_2, b_3, a_1, a_2, a_3, zero, PRECISION)
+            elif ONE_TILE_OF_B:
                 a = tl.load(lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :], (rank < r)[:, None] & col_ok[None, :], 0.0)
                 low_rank = dot(b, a, tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32), PRECISION)
             else:
@@ -96,40 +109,49 @@ def _finish(sums: Tensor, norm: Tensor, scale: Tensor | None, splits: int, magni
         )  # fmt: skip
 
 
-def launch_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Return fp32 [out]; arguments were checked in ops/weight_norm.py."""
-    return launch_weight_norms(weight, [(lora_A, lora_B)], scaling)[0]
+def launch_weight_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pieces: Tensor | None = None
+) -> Tensor:
+    """Return fp32 [out]; arguments were checked in ops/weight_norm.py. pieces: those of lora_A, where the caller has them."""
+    return launch_weight_norms(weight, [(lora_A, lora_B)], scaling, pieces)[0]
 
 
 def launch_weight_norm_and_scale(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, pieces: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (norm, c = magnitude / norm), fp32 [out] each."""
-    sums = _sums(weight, rows(lora_A), rows(lora_B), scaling)
+    """Return (norm, c = magnitude / norm), fp32 [out] each. pieces: those of lora_A, where the caller has them."""
+    sums = _sums(weight, rows(lora_A), rows(lora_B), scaling, pieces)
     norm, scale = (torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device) for _ in range(2))
     _finish(sums, norm, scale, sums.shape[0], magnitude.contiguous())
     return norm, scale
 
 
-def launch_weight_norms(weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
+def launch_weight_norms(
+    weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], scaling: float, pieces: Tensor | None = None
+) -> Tensor:
     """Return fp32 [len(sets), out]: the norms for several (lora_A, lora_B) of one rank and dtype, in one pass over weight."""
     if len(sets) == 1:
         lora_A, lora_B = (rows(factor) for factor in sets[0])
     else:
         padded = [padded_ranks(a, b) for a, b in sets]
         lora_A, lora_B = torch.stack([a for a, _ in padded]), torch.stack([b for _, b in padded])
-    sums = _sums(weight, lora_A, lora_B, scaling)
+    sums = _sums(weight, lora_A, lora_B, scaling, pieces)
     norms = torch.empty(len(sets), weight.shape[0], dtype=torch.float32, device=weight.device)
     _finish(sums, norms, None, sums.shape[0], None)
     return norms
 
 
-def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pieces: Tensor | None = None) -> Tensor:
     """[splits, sets, out] sums of squares for lora_A [sets, r, in] and lora_B [sets, out, r], or one set without that dimension."""
     out_features, in_features = weight.shape
     sets, r = (lora_A.shape[0] if lora_A.dim() == 3 else 1), lora_A.shape[-2]
-    stride_set_A, stride_set_B = (lora_A.stride(0), lora_B.stride(0)) if lora_A.dim() == 3 else (0, 0)
     chosen = tile("weight_norm" if sets == 1 else "weight_norms", r, weight, lora_A, lora_B)
+    if lora_A.dim() == 3:
+        strides = lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1)
+    else:
+        pieces = launch_pieces(lora_A, lora_B) if pieces is None else pieces
+        lora_A = lora_A if pieces is None else pieces
+        strides = 0 if pieces is None else pieces.stride(0), lora_A.stride(-2), 0, lora_B.stride(0)
     blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
     splits = splits_for(blocks, steps)
     sums = torch.empty(splits, sets, out_features, dtype=torch.float32, device=weight.device)
@@ -137,8 +159,8 @@ def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Ten
         run(
             "weight_norm", _weight_norm_kernel, (blocks, splits), weight,
             weight, lora_A, lora_B, sums, out_features, in_features, r, cdiv(steps, splits) * chosen["BLOCK_IN"], float(scaling),
-            *weight.stride(), stride_set_A, lora_A.stride(-2), stride_set_B, lora_B.stride(-2),
-            SETS=sets, SETS_PADDED=triton.next_power_of_2(sets),
+            *weight.stride(), *strides,
+            SETS=sets, SETS_PADDED=triton.next_power_of_2(sets), PIECES=pieces is not None,
             RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(lora_A, lora_B), **chosen,
         )  # fmt: skip
     return sums

@@ -28,6 +28,11 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
+def first_piece(pieces: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """lora_A in a dtype, where the pieces that its norms were computed from hold it."""
+    return pieces[0] if pieces is not None and dtype == torch.bfloat16 else None
+
+
 def operand_dtype(x: Tensor, weight: Tensor, product_dtype: torch.dtype) -> torch.dtype:
     """The dtype of the operands of a product: a precise pass multiplies 16-bit operands as they are, into fp32."""
     return x.dtype if x.dtype == weight.dtype and x.element_size() == 2 else product_dtype

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.compose import launch_compose
+from ..kernels.pieces import launch_pieces
 from ..kernels.weight_norm import launch_row_scale, launch_weight_norm_and_scale
 from ._library import as_dtype
-from ._triton_gradients import flat, layer_gradients, low_rank_input, operand_dtype, parameter_gradients, product
+from ._triton_gradients import first_piece, flat, layer_gradients, low_rank_input, operand_dtype, parameter_gradients, product
 
 
 def kept_dtype(
@@ -42,8 +43,11 @@ def forward(
 
     again: (c, lora_A in the product's dtype, hidden), small tensors that spare the backward four kernels.
     """
+    narrow_A = None
     if norm is None:
-        norm, scale = launch_weight_norm_and_scale(weight, lora_A, lora_B, magnitude, scaling)
+        pieces = launch_pieces(lora_A, lora_B)
+        norm, scale = launch_weight_norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, pieces)
+        narrow_A = first_piece(pieces, product_dtype)
     else:
         norm = as_dtype(norm, torch.float32)
         scale = launch_row_scale(magnitude, norm)
@@ -52,7 +56,7 @@ def forward(
     base = product(flat(x, operands), frozen.t(), product_dtype)
     inputs = flat(x if x_dropped is None else x_dropped, operands)
     base_dropped = None if x_dropped is None else product(inputs, frozen.t(), product_dtype)
-    narrow_A = as_dtype(lora_A, product_dtype)
+    narrow_A = as_dtype(lora_A, product_dtype) if narrow_A is None else narrow_A
     hidden = torch.mm(as_dtype(inputs, product_dtype), narrow_A.t())
     in_place = base if (not keeps or x_dropped is not None) and base.dtype == out_dtype else None
     y = launch_compose(base, hidden, lora_B, scale, scaling, bias, base_dropped, output=in_place, dtype=out_dtype)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..kernels.magnitude_gradient import launch_magnitude_gradient
 from ..kernels.merged_weight import launch_merged_weight
+from ..kernels.pieces import launch_pieces
 from ..kernels.weight_norm import launch_row_scale
 from ._library import as_dtype
-from ._triton_gradients import flat, layer_gradients, low_rank_input, parameter_gradients
+from ._triton_gradients import first_piece, flat, layer_gradients, low_rank_input, parameter_gradients
 
 DITHER_SEED = 0x5EED
 
@@ -32,10 +33,11 @@ def merge(
     scaling: float,
     dtype: torch.dtype,
     norm: Tensor | None = None,
+    pieces: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(W' [out, in] in `dtype`, the row norms in fp32)."""
+    """(W' [out, in] in `dtype`, the row norms in fp32). pieces: those of lora_A, where they are at hand."""
     norm = None if norm is None else as_dtype(norm, torch.float32)
-    return launch_merged_weight(weight, lora_A, lora_B, magnitude, scaling, norm, dtype, DITHER_SEED)
+    return launch_merged_weight(weight, lora_A, lora_B, magnitude, scaling, norm, dtype, DITHER_SEED, pieces=pieces)
 
 
 def forward(
@@ -52,16 +54,22 @@ def forward(
     keeps: bool,
     merged: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
-    """(y [tokens, out] in `out_dtype`, norm, the output without bias where the backward needs it and y is something else, ())."""
+    """(y [tokens, out] in `out_dtype`, norm, the output without bias where the backward needs it and y is something else, `again`).
+
+    again: the pieces of lora_A where it is split, for the backward.
+    """
+    pieces = None
     if merged is None:
-        merged, norm = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm)
+        pieces = launch_pieces(lora_A, lora_B)
+        merged, norm = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm, pieces)
     inputs = flat(x, product_dtype)
     if bias is None or keeps:
         unbiased = torch.mm(inputs, merged.t())
         y = as_dtype(unbiased if bias is None else unbiased + as_dtype(bias, product_dtype), out_dtype)
     else:
         y = unbiased = as_dtype(torch.addmm(as_dtype(bias, product_dtype), inputs, merged.t()), out_dtype)
-    return y, norm, None if kept_dtype(product_dtype, out_dtype, keeps, bias is not None) is None else unbiased, ()
+    again = () if pieces is None else (pieces,)
+    return y, norm, None if kept_dtype(product_dtype, out_dtype, keeps, bias is not None) is None else unbiased, again
 
 
 def backward(
@@ -80,22 +88,29 @@ def backward(
     differentiate_norm: bool,
     product_dtype: torch.dtype,
     merged: Tensor | None,
+    again: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(grad_x [tokens, in], None, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed."""
+    """(grad_x [tokens, in], None, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
+
+    again: what the forward left under this name; without it, it is computed again.
+    """
+    pieces = again[0] if again else None
     norm = as_dtype(norm, torch.float32)
     scale = launch_row_scale(magnitude, norm)
     inputs = flat(x, product_dtype)
     through_norm = needs_direction and differentiate_norm
     needs_sum = needs_magnitude or through_norm
     if merged is None and (needs_x or (needs_sum and kept is None)):
-        merged, _ = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm)
+        merged, _ = merge(weight, lora_A, lora_B, magnitude, scaling, product_dtype, norm, pieces)
     if needs_sum and kept is None and merged is not None:
         kept = torch.mm(inputs, merged.t())
     grad_x = torch.mm(as_dtype(grad_output, product_dtype), merged) if needs_x and merged is not None else None
     if not (needs_direction or needs_sum):
         return grad_x, None, None, None, None
+    narrow_A = first_piece(pieces, product_dtype)
+    hidden = low_rank_input(inputs, lora_A if narrow_A is None else narrow_A, needs_direction)
     grads = layer_gradients(
-        grad_output, low_rank_input(inputs, lora_A, needs_direction), lora_B, scale, norm, scaling,
+        grad_output, hidden, lora_B, scale, norm, scaling,
         output=kept, magnitude=magnitude, needs_base=False, needs_hidden=needs_direction, needs_lora_B=needs_direction,
         needs_magnitude=needs_sum, base_dtype=product_dtype,
     )  # fmt: skip

@@ -119,7 +119,7 @@ def _planned_backward(
         if plan == "weight":
             grads = implementation.backward(
                 grad_output, x, weight, lora_A, lora_B, magnitude, norm, kept, scaling, needs_x, needs_direction,
-                needs_magnitude, differentiate_norm, product_dtype, merged,
+                needs_magnitude, differentiate_norm, product_dtype, merged, again,
             )  # fmt: skip
         else:
             grads = implementation.backward(

@@ -31,6 +31,7 @@ KERNEL_MODULES = [
     "magnitude_gradient",
     "merged_weight",
     "orthogonality",
+    "pieces",
     "reduce_partials",
     "weight_norm",
     "weight_norm_factors",

@@ -182,7 +182,7 @@ def launch_compose_backward(
     chosen = tile("compose_backward", r, grad_output, hidden, saved if needs_magnitude else None)
     token_tiles, out_tiles = cdiv(tokens, chosen["BLOCK_T"]), cdiv(out_features, chosen["BLOCK_OUT"])
     chunks = cdiv(r, chosen["BLOCK_R"])
-    tiles_per_split = max(1, cdiv(token_tiles, splits_for(out_tiles, token_tiles)))
+    tiles_per_split = max(1, cdiv(token_tiles, splits_for(out_tiles, token_tiles, least_steps=1)))
     splits = cdiv(token_tiles, tiles_per_split)
     rank_programs = chunks if needs_hidden or needs_lora_B else 1
     hidden_partials = empty(out_tiles, tokens * r) if needs_hidden else None

@@ -129,7 +129,7 @@ def launch_merged_weight(
     if pieces is not None:
         lora_A = pieces
     blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
-    tiles_per_split = cdiv(steps, splits_for(blocks, steps))
+    tiles_per_split = cdiv(steps, splits_for(blocks, steps, least_steps=1))
     run(
         "merged_weight", _merged_weight_kernel, (blocks, cdiv(steps, tiles_per_split)), weight,
         weight, lora_A, lora_B, norm if magnitude is None else magnitude, norm, output,

@@ -72,9 +72,15 @@ def _reduce_partials_kernel(
             _reduce_segment(block, partials_2_ptr, divisor_2_ptr, output_2_ptr, parts_2, length_2, FINISH_2, BLOCK_PARTS, BLOCK)
 
 
-def launch_reduce_partials(*segments: Segment, block: int = 128, block_parts: int = 8) -> list[Tensor]:
+def _shape(length: int) -> tuple[int, int]:
+    """(columns, parts at a time) of a program: wide rows of memory where there are enough of them to fill a GPU."""
+    return (512, 8) if length >= 512 * 128 else (64, 32)
+
+
+def launch_reduce_partials(*segments: Segment) -> list[Tensor]:
     """Return one tensor per segment; up to three segments share one launch."""
     outputs, args, finishes = [], [], []
+    block, block_parts = _shape(sum(segment.partials.shape[1] for segment in segments))
     total_blocks = 0
     for segment in segments:
         parts, length = segment.partials.shape

@@ -73,7 +73,7 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
             4: {16: _both(32, 32, 32, 16), 64: _both(32, 32, 32, 32)},
         },
         "compose": {
-            2: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
+            2: {16: _tokens(32, 128, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
             4: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
         },
         "compose_backward": {

@@ -153,7 +153,7 @@ def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pieces
         lora_A = lora_A if pieces is None else pieces
         strides = 0 if pieces is None else pieces.stride(0), lora_A.stride(-2), 0, lora_B.stride(0)
     blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
-    splits = splits_for(blocks, steps)
+    splits = splits_for(blocks, steps, least_steps=1)
     sums = torch.empty(splits, sets, out_features, dtype=torch.float32, device=weight.device)
     if out_features:
         run(

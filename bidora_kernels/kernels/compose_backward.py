@@ -56,9 +56,8 @@ def _compose_backward_kernel(
     ALL_RANKS: tl.constexpr = LOW_RANK or RANK_CHUNKS == 1  # of this program, in one tile of lora_B
     GRAD_TIMES_HIDDEN: tl.constexpr = GRAD_LORA_B or (FROM_BASE and ALL_RANKS)
     scale = tl.load(scale_ptr + col, mask=col_ok, other=0.0)
-    if LOW_RANK or GRAD_TIMES_HIDDEN:
-        b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
     if GRAD_HIDDEN:
+        b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
         scaled_b = round_to(b.to(tl.float32) * (scaling * scale)[:, None], hidden_ptr.dtype.element_ty)
     if GRAD_TIMES_HIDDEN:
         product = tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32)
@@ -122,6 +121,7 @@ def _compose_backward_kernel(
         magnitude_sum = tl.sum(products, axis=0)
         if FROM_BASE:  # sum over tokens of grad * (hidden @ lora_B^T), without that product
             if ALL_RANKS:
+                b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
                 magnitude_sum += scaling * tl.sum(round_to(b, hidden_ptr.dtype.element_ty).to(tl.float32) * product, axis=1)
             else:
                 magnitude_sum += scaling * low_rank_sum

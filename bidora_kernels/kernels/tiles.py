@@ -73,12 +73,12 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
             4: {16: _both(32, 32, 32, 16), 64: _both(32, 32, 32, 32)},
         },
         "compose": {
-            2: {16: _tokens(32, 128, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
+            2: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
             4: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
         },
         "compose_backward": {
-            2: {16: _tokens(64, 64, 16), 64: _tokens(64, 64, 64)},
-            4: {16: _tokens(64, 32, 16, stages=2), 64: _tokens(64, 32, 16, stages=2)},
+            2: {16: _tokens(32, 128, 16), 64: _tokens(64, 64, 64, warps=8), 512: _tokens(64, 64, 64, warps=8, stages=2)},
+            4: {512: _tokens(32, 64, 16, stages=2)},
         },
     },
     # where the default rows spill on a chip
@@ -94,6 +94,10 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
         "magnitude_gradient": {
             2: {16: _both(32, 64, 32, 16), 64: _both(32, 64, 32, 32)},
             4: {512: _both(32, 32, 32, 16)},
+        },
+        "compose_backward": {
+            2: {16: _tokens(32, 128, 16), 64: _tokens(64, 32, 64), 512: _tokens(32, 64, 32)},
+            4: {512: _tokens(32, 64, 16, stages=2)},
         },
         "orthogonality_cancelling": {4: {16: _weight(16, 16, 16, stages=1), 512: _weight(16, 16, 32, stages=1)}},
         "compose": {
@@ -121,6 +125,10 @@ TILES: dict[str, dict[str, dict[int, dict[int, Tile]]]] = {
         },
         "row_projection": {2: _TWO_PRODUCTS[2], 4: {512: _weight(64, 32, 16, warps=8, stages=2)}},
         "orthogonality": {4: {16: _weight(64, 32, 16, warps=8, stages=2), 512: _weight(32, 32, 16, stages=2)}},
+        "compose_backward": {
+            2: {16: _tokens(32, 64, 16), 64: _tokens(64, 64, 64, warps=8), 512: _tokens(64, 64, 64, warps=8, stages=2)},
+            4: {512: _tokens(32, 64, 16, stages=2)},
+        },
         "compose": {
             2: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1)},
             4: {16: _tokens(64, 64, 16, stages=1), 64: _tokens(64, 64, 64, stages=1), 512: _tokens(64, 64, 32, stages=1)},

@@ -67,7 +67,7 @@ BUDGETS = {
     ("weight_norm", 16): (96, 40, 5), ("weight_norm", 64): (128, 72, 3),
     ("merged_weight", 16): (112, 40, 4), ("merged_weight", 64): (144, 72, 3),
     ("compose", 16): (112, 24, 4), ("compose", 64): (144, 24, 3),
-    ("compose_backward", 16): (176, 48, 2), ("compose_backward", 64): (216, 80, 2),
+    ("compose_backward", 16): (192, 48, 2), ("compose_backward", 64): (176, 80, 1),  # of 8 warps
     ("compose_backward direction", 16): (136, 48, 3), ("compose_backward direction", 64): (176, 80, 2),
     ("compose_backward magnitude", 16): (144, 48, 3), ("compose_backward magnitude", 64): (176, 80, 2),
 }  # fmt: skip

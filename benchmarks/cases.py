@@ -76,6 +76,7 @@ class LayerCase(Case):
     bias: bool = True
     compiled: bool = False  # also the reference under torch.compile, which takes long to compile
     plans: bool = False  # also this library held to each plan that it chooses from
+    graph: bool = False  # also replayed from a CUDA graph, where launching takes the host longer than the kernels take
 
     kind = "layer"
 
@@ -111,7 +112,6 @@ class DecodeCase(LayerCase):
 
     tokens: int = 1
     max_rounds: int = 40
-    graph: bool = False  # also replayed from a CUDA graph, where one token is bound by launches
     kind = "decode"
 
 
@@ -222,7 +222,7 @@ def layer_case(model: str, layer: str, tokens: int, r: int, dtype: str, kind=Lay
 def _llama(kind: type[StepCase], **more: Any) -> StepCase:
     return kind(
         model="llama-2-7b",
-        layers=8,
+        **{"layers": 8, **more},
         batch=2,
         sequence=2048,
         hidden=4096,
@@ -230,7 +230,6 @@ def _llama(kind: type[StepCase], **more: Any) -> StepCase:
         heads=32,
         r=16,
         dtype="bf16",
-        **more,
     )
 
 
@@ -300,6 +299,11 @@ def _cpu_layers() -> Iterator[Case]:
     yield layer_case("llama-2-7b", "q_proj", 4096, 16, "fp32", seconds=0.0, min_rounds=3, without=REFERENCE)
 
 
+# products with the Hessian of a whole model, or double backward through it: minutes and tens of gigabytes at a real size
+EXACT = ("Neumann", "ConjugateGradient", "ForwardMode", "DoubleBackward")
+
+COMPILED = ("bidora (reference), torch.compile",)  # of eight layers: minutes of compiling; two layers have it
+
 # the columns of the table of predictions: (model, layer, tokens, r)
 GPU_COLUMNS = (
     ("llama-2-7b", "q_proj", 4096, 16),
@@ -312,19 +316,20 @@ GPU_COLUMNS = (
 
 def _gpu() -> Iterator[Case]:
     for model, layer, tokens, r in GPU_COLUMNS:
-        yield layer_case(model, layer, tokens, r, "bf16", compiled=True, plans=True, max_rounds=40)
-    yield _llama(StepCase)
-    yield _llama(BilevelCase)
-    yield layer_case("llama-2-7b", "q_proj", 1, 16, "bf16", DecodeCase, compiled=True, graph=True)
+        first = (layer, r) == ("q_proj", 16)  # compiling takes most of a case's time
+        yield layer_case(model, layer, tokens, r, "bf16", compiled=first, plans=True, graph=True, seconds=4.0)
+    yield layer_case("llama-2-7b", "q_proj", 1, 16, "bf16", DecodeCase, compiled=True, graph=True, seconds=4.0)
+    short: dict[str, Any] = {"dtype": "bf16", "seconds": 3.0, "max_rounds": 40}
     for operation in ("weight_norm", "merged_weight"):
         for r in (4, 16):
-            yield OperationCase(operation=operation, out_features=8192, in_features=8192, r=r, dtype="bf16", max_rounds=40)
+            yield OperationCase(operation=operation, out_features=8192, in_features=8192, r=r, **short)
     for operation in ("compose", "compose_backward"):
-        yield OperationCase(
-            operation=operation, out_features=8192, in_features=8192, tokens=8192, r=16, dtype="bf16", max_rounds=40
-        )
+        yield OperationCase(operation=operation, out_features=8192, in_features=8192, tokens=8192, r=16, **short)
     for gradients in (False, True):
-        yield OperationCase(operation="orthogonality_penalty", r=16, dtype="bf16", gradients=gradients)
+        yield OperationCase(operation="orthogonality_penalty", r=16, gradients=gradients, **short)
+    yield _llama(BilevelCase, without=EXACT)
+    yield _llama(StepCase, without=COMPILED)
+    yield _llama(StepCase, layers=2)
 
 
 def _full() -> Iterator[Case]:

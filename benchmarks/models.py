@@ -17,7 +17,8 @@ import bidora_kernels as bk
 
 from . import oracle
 from .cases import DTYPES, StepCase
-from .peers import BACKENDS, backend_context, need_backend, need_package, ours, plain_function
+from .peers import BACKENDS, backend_context, need_backend, need_package, ours
+from .plain_function import plain_function
 from .timing import Candidate
 
 # relative error of a loss, and of the gradients of all layers together: a layer's tolerance, accumulated through the depth

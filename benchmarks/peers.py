@@ -21,6 +21,7 @@ import bidora_kernels as bk
 
 from . import machine, oracle
 from .cases import DTYPES, DecodeCase, LayerCase
+from .plain_function import plain_function
 from .timing import Candidate
 
 BACKENDS = ("native", "triton", "reference")
@@ -310,44 +311,6 @@ def _function(name: str, material: Material, call: Callable[..., Tensor]) -> Can
     return layer_candidate(name, material, "dora", make)
 
 
-class _WriteMergedWeight(torch.autograd.Function):
-    """DoRA in twenty lines of PyTorch: write W' once, one product each way. It keeps W' of every layer for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, bias):
-        updated = torch.addmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=scaling)
-        norm = torch.linalg.vector_norm(updated, dim=1, dtype=torch.float32)
-        scale = magnitude / norm
-        merged = updated.mul_(scale.to(updated.dtype)[:, None])
-        x = x.to(merged.dtype)  # autocast's, where it is on
-        y = torch.nn.functional.linear(x, merged, bias)
-        ctx.save_for_backward(x, merged, lora_A, lora_B, magnitude, scale, y, bias)
-        ctx.scaling = scaling
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor):
-        (grad,) = grads
-        x, merged, lora_A, lora_B, magnitude, scale, y, bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        grad_x = (grad @ merged) if needs[0] else None
-        grad_A = grad_B = grad_magnitude = None
-        if needs[2]:
-            factor = (scale * ctx.scaling)[:, None] * lora_B
-            grad_A = (flat_grad @ factor.to(grad.dtype)).T @ flat_x
-            grad_B = (flat_grad.T @ (flat_x @ lora_A.to(grad.dtype).T)).float() * (scale * ctx.scaling)[:, None]
-        if needs[4]:
-            product = y if bias is None else y - bias
-            grad_magnitude = (flat_grad * product.reshape(flat_grad.shape)).sum(0, dtype=torch.float32) / magnitude
-        return grad_x, None, grad_A, grad_B, grad_magnitude, None, None
-
-
-def plain_function(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float, bias) -> Tensor:
-    """The twenty-line function as a call."""
-    return _WriteMergedWeight.apply(x, weight, lora_A, lora_B, magnitude, scaling, bias)
-
-
 def _compiled(material: Material) -> Candidate:
     if not material.case.compiled:
         raise Unavailable("not compiled for this case")
@@ -393,9 +356,20 @@ def layer_providers(case: LayerCase) -> dict[str, Builder]:
             found[f"{ours(backend)}, {plan}"] = functools.partial(_bidora, backend=backend, plan=plan)
     if decode:
         found["bidora merged"] = lambda m: dataclasses.replace(_bidora(m, "reference", merged=True), name="bidora merged")
-    if isinstance(case, DecodeCase) and case.graph:
-        found["frozen linear, CUDA graph"] = lambda m: _frozen(m, graph=True)
-        found["PEFT LoRA, CUDA graph"] = lambda m: _peft("PEFT LoRA", m, dora=False, graph=True)
-        found["PEFT DoRA, DoraCaching, CUDA graph"] = lambda m: _peft("PEFT DoRA", m, dora=True, caching=True, graph=True)
-        found[f"{ours('triton')}, CUDA graph"] = lambda m: _bidora(m, "triton", graph=True)
-    return found
+    return found | (_graphs(case, decode) if case.graph else {})
+
+
+def _graphs(case: LayerCase, decode: bool) -> dict[str, Builder]:
+    """The providers that are also replayed from a CUDA graph: the kernels' own time, without the host's."""
+    found: dict[str, Builder] = {
+        "frozen linear": lambda m: _frozen(m, graph=True),
+        "PEFT LoRA": lambda m: _peft("PEFT LoRA", m, dora=False, graph=True),
+    }
+    if decode:
+        found["PEFT DoRA, DoraCaching"] = lambda m: _peft("PEFT DoRA", m, dora=True, caching=True, graph=True)
+    else:  # PEFT's default, under autocast, cannot be captured
+        found["PEFT DoRA"] = lambda m: _peft("PEFT DoRA", m, dora=True, graph=True)
+    found[ours("triton")] = lambda m: _bidora(m, "triton", graph=True)
+    for plan in LAYER_PLANS["triton"] if case.plans and not decode else ():
+        found[f"{ours('triton')}, {plan}"] = functools.partial(_bidora, backend="triton", plan=plan, graph=True)
+    return {f"{name}, CUDA graph": build for name, build in found.items()}

@@ -102,7 +102,7 @@ def dora_linear(
     if merged is not None:
         chosen = "weight"
     elif may_choose:
-        chosen = _plan_of_call(x, weight, lora_A, lora_B, magnitude, norm_known, plan)
+        chosen = _plan_of_call(x, weight, lora_A, lora_B, magnitude, norm_known, plan, bias is not None)
     if kind is not None:
         return _quantized.dora_linear(
             x, stored, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend, chosen
@@ -141,7 +141,7 @@ def _norm_at(point: DirectionPoint, weight: Tensor, lora_A: Tensor, lora_B: Tens
 
 
 def _plan_of_call(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_known: bool, plan: str
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_known: bool, plan: str, has_bias: bool
 ) -> str:
     """ "activation" or "weight" for a call that may take either."""
     if plan != "auto":
@@ -152,7 +152,8 @@ def _plan_of_call(
     tokens = x.numel() // in_features if in_features else 0
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_A, lora_B, magnitude))
     size = reference.matmul_dtype(x, weight).itemsize
-    return cost_model.choose(tokens, out_features, in_features, lora_A.shape[0], size, trains, norm_known).name
+    shape = tokens, out_features, in_features, lora_A.shape[0], size
+    return cost_model.choose(*shape, trains, norm_known, has_bias=has_bias).name
 
 
 def plan(
@@ -166,12 +167,13 @@ def plan(
     dropped: bool = False,
     reuse: int = 1,
     forced: str = "auto",
+    has_bias: bool = False,
 ) -> cost_model.Plan:
     """How `dora_linear` would run for `tokens` rows of x in `dtype` (the weight's by default), and why.
 
     Its `name` is "activation" or "weight", or "reference" where plain PyTorch serves the call; `print` shows the reason.
     trains: gradients will be taken. norm_known: the norms are at hand. dropped: dropout is active. reuse: how many passes run
-    with the same parameters. forced: a plan by name.
+    with the same parameters. forced: a plan by name. has_bias: the layer has one.
     """
     weight = _quantized.stand_in(weight)
     out_features, in_features = weight.shape
@@ -198,7 +200,7 @@ def plan(
         why = "dropout needs the product with the frozen weight" if dropped else "a precise pass keeps its base output in fp32"
         return cost_model.Plan("activation", False, why)
     size = reference.matmul_dtype(sample, weight).itemsize
-    return cost_model.choose(tokens, out_features, in_features, r, size, trains, norm_known, reuse, forced)
+    return cost_model.choose(tokens, out_features, in_features, r, size, trains, norm_known, reuse, forced, has_bias)
 
 
 def _is_auto() -> bool:

@@ -200,7 +200,7 @@ class FusedDoraLinear(nn.Module):
         dropped, reuse = self.training and self.lora_dropout > 0.0, self._reuse()
         return functional.plan(
             self._stored_terms()[0], self.r, tokens, dtype=dtype, trains=trains, norm_known=self._norm_is_constant(),
-            dropped=dropped, reuse=reuse, forced=self.forced_plan,
+            dropped=dropped, reuse=reuse, forced=self.forced_plan, has_bias=self.bias is not None,
         )  # fmt: skip
 
     def _reuse(self) -> int:

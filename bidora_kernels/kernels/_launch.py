@@ -16,13 +16,13 @@ from .tiles import Tile, tile_for
 LAUNCHES: collections.Counter[str] = collections.Counter()  # launches per kernel in this process
 
 
-# (a compiled kernel, the values of its compile-time parameters) by everything that Triton would compile it anew for
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# (a compiled kernel, the values of its compile-time parameters, the kernel) by everything that Triton would compile it anew for
+_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
 _INT32 = 31
 
 
 def compiled_for(args: Sequence[Any]) -> list[Any]:
-    """What Triton compiles a kernel for, of its run-time arguments: dtypes, alignment to 16 bytes, divisibility by 16, ones, width.
+    """What Triton compiles a kernel for, of its run-time arguments: dtype, alignment to 16 bytes, multiples of 16, ones, width.
 
     Equal lists are served by one compiled kernel. Finer than Triton's own key costs a kernel that was there already, coarser
     would be wrong.
@@ -63,9 +63,9 @@ def _launch_compiled(kernel: Any, index: int, grid: tuple[int, ...], args: tuple
         compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
         if compiled is not None:
             constants = tuple(options[parameter] for parameter in kernel.arg_names[len(args) :])
-            _COMPILED[key] = (compiled.result() if hasattr(compiled, "result") else compiled), constants
+            _COMPILED[key] = (compiled.result() if hasattr(compiled, "result") else compiled), constants, kernel
         return
-    compiled, constants = ready
+    compiled, constants, _ = ready
     compiled[(*grid, 1, 1)[:3]](*args, *constants)
 
 

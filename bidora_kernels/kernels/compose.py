@@ -21,9 +21,9 @@ from ._launch import cdiv, precision, rows, run, tile
 @triton.jit
 def _compose_kernel(
     base_ptr, dropped_ptr, hidden_ptr, lora_B_ptr, scale_ptr, bias_ptr, output_ptr,
-    tokens, out_features, r, scaling, stride_base, stride_dropped, stride_hidden, stride_lora_B, stride_output,
-    HAS_BIAS: tl.constexpr, HAS_DROPPED: tl.constexpr, RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
+    tokens, out_features, r, scaling, stride_base, stride_dropped, stride_hidden, stride_lora_B, stride_rank, stride_output,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPPED: tl.constexpr,
+    RANK_CHUNKS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One program writes one BLOCK_T x BLOCK_OUT tile; output may be base."""
     out_tiles = tl.cdiv(out_features, BLOCK_OUT)
@@ -46,14 +46,18 @@ def _compose_kernel(
         rank = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
         rank_ok = rank < r
         h = tl.load(hidden_ptr + token[:, None] * stride_hidden + rank[None, :], token_ok[:, None] & rank_ok[None, :], 0.0)
-        b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
+        b_tile = lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :] * stride_rank
+        b = tl.load(b_tile, col_ok[:, None] & rank_ok[None, :], 0.0)
         low_rank = dot(h, tl.trans(round_to(b, h.dtype)), low_rank, PRECISION)
-    scale = tl.load(scale_ptr + col, mask=col_ok, other=0.0)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + col, mask=col_ok, other=0.0)
     if HAS_DROPPED:
         delta = (scale - 1.0)[None, :] * dropped.to(tl.float32) + (scale * scaling)[None, :] * low_rank
         output = base.to(tl.float32) + delta
     else:
-        output = scale[None, :] * (base.to(tl.float32) + scaling * low_rank)
+        output = base.to(tl.float32) + scaling * low_rank
+        if HAS_SCALE:
+            output *= scale[None, :]
     if HAS_BIAS:
         output += tl.load(bias_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     output = round_to(output, output_ptr.dtype.element_ty)
@@ -76,24 +80,39 @@ def launch_compose(
     base [tokens, out], hidden [tokens, r], lora_B [out, r], scale = c, fp32 [out], bias [out]. A 16-bit hidden rounds lora_B
     to its dtype for the product; an fp32 hidden keeps it exact. Arguments were checked in ops/compose.py.
     """
-    tokens, out_features = base.shape
-    r = hidden.shape[1]
     base, hidden, lora_B, scale = rows(base), rows(hidden), rows(lora_B), scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     base_dropped = None if base_dropped is None else rows(base_dropped)
     if output is None:
-        output = torch.empty(tokens, out_features, dtype=dtype or base.dtype, device=base.device)
+        output = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
+    _launch("compose", base, base_dropped, hidden, lora_B, scale, bias, output, scaling)
+    return output
+
+
+def launch_add_low_rank(base: Tensor, hidden: Tensor, lora_A: Tensor) -> Tensor:
+    """Return base + hidden @ lora_A, written over base: [tokens, in], hidden [tokens, r], lora_A [r, in].
+
+    The sum is taken in fp32 and rounded once; a 16-bit hidden rounds lora_A to its dtype for the product.
+    """
+    _launch("add_low_rank", base, None, rows(hidden), lora_A.t(), None, None, base, 1.0)
+    return base
+
+
+def _launch(
+    name: str, base: Tensor, base_dropped: Tensor | None, hidden: Tensor, lora_B: Tensor, scale: Tensor | None,
+    bias: Tensor | None, output: Tensor, scaling: float,
+) -> None:  # fmt: skip
+    (tokens, out_features), r = output.shape, hidden.shape[1]
     if tokens == 0 or out_features == 0:
-        return output
+        return
     chosen = tile("compose", r, base, hidden, output)
     run(
-        "compose", _compose_kernel, (cdiv(tokens, chosen["BLOCK_T"]) * cdiv(out_features, chosen["BLOCK_OUT"]),), base,
-        base, base if base_dropped is None else base_dropped, hidden, lora_B, scale,
-        scale if bias is None else bias, output,
+        name, _compose_kernel, (cdiv(tokens, chosen["BLOCK_T"]) * cdiv(out_features, chosen["BLOCK_OUT"]),), base,
+        base, base if base_dropped is None else base_dropped, hidden, lora_B, base if scale is None else scale,
+        base if bias is None else bias, output,
         tokens, out_features, r, float(scaling),
         base.stride(0), base.stride(0) if base_dropped is None else base_dropped.stride(0),
-        hidden.stride(0), lora_B.stride(0), output.stride(0),
-        HAS_BIAS=bias is not None, HAS_DROPPED=base_dropped is not None,
+        hidden.stride(0), *lora_B.stride(), output.stride(0),
+        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_DROPPED=base_dropped is not None,
         RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(hidden), **chosen,
     )  # fmt: skip
-    return output

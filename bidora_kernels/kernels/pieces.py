@@ -37,5 +37,7 @@ def launch_pieces(lora_A: Tensor, lora_B: Tensor) -> Tensor | None:
     lora_A = lora_A.contiguous()
     pieces = torch.empty(3, r, in_features, dtype=torch.bfloat16, device=lora_A.device)
     if lora_A.numel():
-        run("pieces", _pieces_kernel, (cdiv(lora_A.numel(), 512),), lora_A, lora_A, pieces, lora_A.numel(), BLOCK=512, num_warps=4)
+        run(
+            "pieces", _pieces_kernel, (cdiv(lora_A.numel(), 512),), lora_A, lora_A, pieces, lora_A.numel(), BLOCK=512, num_warps=4
+        )
     return pieces

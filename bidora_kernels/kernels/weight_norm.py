@@ -109,9 +109,7 @@ def _finish(sums: Tensor, norm: Tensor, scale: Tensor | None, splits: int, magni
         )  # fmt: skip
 
 
-def launch_weight_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pieces: Tensor | None = None
-) -> Tensor:
+def launch_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pieces: Tensor | None = None) -> Tensor:
     """Return fp32 [out]; arguments were checked in ops/weight_norm.py. pieces: those of lora_A, where the caller has them."""
     return launch_weight_norms(weight, [(lora_A, lora_B)], scaling, pieces)[0]
 
@@ -142,7 +140,7 @@ def launch_weight_norms(
 
 
 def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pieces: Tensor | None = None) -> Tensor:
-    """[splits, sets, out] sums of squares for lora_A [sets, r, in] and lora_B [sets, out, r], or one set without that dimension."""
+    """[splits, sets, out] sums of squares for lora_A [sets, r, in] and lora_B [sets, out, r], or one set without `sets`."""
     out_features, in_features = weight.shape
     sets, r = (lora_A.shape[0] if lora_A.dim() == 3 else 1), lora_A.shape[-2]
     chosen = tile("weight_norm" if sets == 1 else "weight_norms", r, weight, lora_A, lora_B)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.compose import launch_add_low_rank
 from ..kernels.compose_backward import ComposeGradients, launch_compose_backward
 from ..kernels.direction_backward import inverse_norms
 from ..kernels.weight_norm_backward import launch_weight_norm_backward
@@ -31,6 +32,13 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def first_piece(pieces: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """lora_A in a dtype, where the pieces that its norms were computed from hold it."""
     return pieces[0] if pieces is not None and dtype == torch.bfloat16 else None
+
+
+def add_low_rank(base: Tensor, hidden: Tensor, lora_A: Tensor) -> Tensor:
+    """base + hidden @ lora_A, written over base: one kernel, at large ranks the library's product."""
+    if hidden.shape[1] < LIBRARY_RANK:
+        return launch_add_low_rank(base, hidden, lora_A)
+    return base.addmm_(hidden, lora_A)
 
 
 def operand_dtype(x: Tensor, weight: Tensor, product_dtype: torch.dtype) -> torch.dtype:

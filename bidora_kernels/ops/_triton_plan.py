@@ -14,7 +14,16 @@ from ..kernels.compose import launch_compose
 from ..kernels.pieces import launch_pieces
 from ..kernels.weight_norm import launch_row_scale, launch_weight_norm_and_scale
 from ._library import as_dtype
-from ._triton_gradients import first_piece, flat, layer_gradients, low_rank_input, operand_dtype, parameter_gradients, product
+from ._triton_gradients import (
+    add_low_rank,
+    first_piece,
+    flat,
+    layer_gradients,
+    low_rank_input,
+    operand_dtype,
+    parameter_gradients,
+    product,
+)
 
 
 def kept_dtype(
@@ -105,8 +114,7 @@ def backward(
     )  # fmt: skip
     grad_inner = None
     if grads.base is not None and grads.hidden is not None:
-        # the small product first: the large one then adds to it as it writes
-        grad_inner = torch.mm(as_dtype(grads.hidden, operands), as_dtype(narrow_A, operands)).addmm_(grads.base, frozen)
+        grad_inner = add_low_rank(torch.mm(grads.base, frozen), as_dtype(grads.hidden, operands), as_dtype(narrow_A, operands))
     grad_x = grad_inner
     if dropped:
         grad_x = torch.mm(as_dtype(grad_output, operands), frozen) if needs_x else None

@@ -54,7 +54,7 @@ def forward(
     keeps: bool,
     merged: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor, ...]]:
-    """(y [tokens, out] in `out_dtype`, norm, the output without bias where the backward needs it and y is something else, `again`).
+    """(y [tokens, out] in `out_dtype`, norm, the output without bias where the backward needs it and it is not y, `again`).
 
     again: the pieces of lora_A where it is split, for the backward.
     """

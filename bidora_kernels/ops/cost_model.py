@@ -1,9 +1,9 @@
 """Which plan a layer runs by on the triton backend, from the bytes and operations each would take.
 
-Every plan is a list of steps (what, bytes moved, operations); a step takes the time of a launch plus the larger of its bytes
-over the bandwidth and its operations over the peak. The rates are those of an NVIDIA H200, with the bandwidth that a copy
-reaches; the model itself was not measured. What matters is the ratio of bandwidth to peak. The activation plan is the default:
-another one must be modelled MARGIN times faster.
+Every plan is a list of steps (what, bytes moved, operations, launches); a step takes the time of its launches plus the larger of
+its bytes over the bandwidth it reaches and its operations over the peak. The rates were measured on an NVIDIA H200, inside CUDA
+graphs, at 4096 x 4096 and rank 16 (benchmarks/results). What matters is the ratio of bandwidth to peak. The activation plan is
+the default: another one must be modelled MARGIN times faster.
 
     activation        base = x weight^T, then one kernel over the output; one read of the weight for the norms
     weight            one kernel writes the merged weight W', then y = x W'^T; W' is written again for the backward
@@ -16,12 +16,22 @@ import dataclasses
 import functools
 
 MARGIN = 1.05
-BANDWIDTH = 4.3e12  # bytes/s
+BANDWIDTH = 4.2e12  # bytes/s that a copy reaches
+REACHED = {  # bytes/s, the fixed cost of a launch included, where a step reaches less
+    "norms": 2.4e12,
+    "merged weight": 2.4e12,
+    "bias": 1.5e12,
+    "compose": 3.2e12,
+    "compose_backward": 2.3e12,
+    "x lora_A^T": 2.1e12,
+    "grad_hidden lora_A": 3.2e12,
+    "grad_lora_A": 2.1e12,
+}
 PEAK = {2: 780e12, 4: 45e12}  # operations/s of a library product, by bytes of its operands; fp32 without tf32
-LAUNCH = 1.5e-6  # seconds between two kernels inside a CUDA graph
+LAUNCH = 2e-6  # seconds between two kernels inside a CUDA graph, and what a short kernel takes at least
 PLANS = ("auto", "activation", "weight")
 
-Step = tuple[str, float, float]
+Step = tuple[str, float, float, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,40 +48,52 @@ class Plan:
 
 
 def steps(
-    plan: str, tokens: int, out_features: int, in_features: int, r: int, size: int, trains: bool, norm_known: bool
+    plan: str,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    r: int,
+    size: int,
+    trains: bool,
+    norm_known: bool,
+    has_bias: bool,
 ) -> list[Step]:
     """The steps of a forward, with its backward where the layer trains; plan: "activation", "weight" or "merged" (W' at hand)."""
     y, x = float(size * tokens * out_features), float(size * tokens * in_features)
     weight = float(size * out_features * in_features)
     product = 2.0 * tokens * out_features * in_features
     skinny_in, skinny_out = 2.0 * tokens * in_features * r, 2.0 * tokens * out_features * r
-    norms = [] if norm_known or plan == "merged" else [("norms", weight, 2.0 * out_features * in_features * r)]
-    merging = [] if plan == "merged" else [("merged weight", 2 * weight, 2.0 * out_features * in_features * r)]
-    hidden = [("x lora_A^T", x, skinny_in)]
+    norms = [] if norm_known or plan == "merged" else [("norms", weight, 2.0 * out_features * in_features * r, 3)]
+    merging = [] if plan == "merged" else [("merged weight", 2 * weight, 2.0 * out_features * in_features * r, 1)]
+    hidden = [("x lora_A^T", x, skinny_in, 1)]
     if plan == "activation":
-        forward = [*norms, ("x weight^T", x + weight + y, product), *hidden, ("compose", 2 * y, skinny_out)]
+        forward = [*norms, ("x weight^T", x + weight + y, product, 1), *hidden, ("compose", 2 * y, skinny_out, 1)]
         backward = [
-            *hidden,
-            ("compose_backward", 3 * y, 2 * skinny_out),
-            ("grad weight", x + weight + y, product),
-            ("grad_hidden lora_A", 2 * x, skinny_in),
-            ("grad_lora_A", x, skinny_in),
+            ("compose_backward", 3 * y, 2 * skinny_out, 2),
+            ("grad weight", x + weight + y, product, 1),
+            ("grad_hidden lora_A", 2 * x, skinny_in, 1),
+            ("grad_lora_A", x, skinny_in, 1),
         ]
     else:
-        forward = [*norms, *merging, ("x W'^T", x + weight + y, product)]
+        # the backward needs the output without it
+        bias = [("bias", 2 * y, 0.0, 1)] if has_bias and trains else []
+        forward = [*norms, *merging, ("x W'^T", x + weight + y, product, 1), *bias]
         backward = [
             *hidden,
-            ("compose_backward", 2 * y, 2 * skinny_out),
+            ("compose_backward", 2 * y, 2 * skinny_out, 4),
             *merging,
-            ("grad W'", x + weight + y, product),
-            ("grad_lora_A", x, skinny_in),
+            ("grad W'", x + weight + y, product, 1),
+            ("grad_lora_A", x, skinny_in, 1),
         ]
     return forward + (backward if trains else [])
 
 
 def seconds(listed: list[Step], size: int) -> float:
     """The modelled time of steps that follow each other."""
-    return sum(LAUNCH + max(moved / BANDWIDTH, operations / PEAK[size]) for _, moved, operations in listed)
+    return sum(
+        LAUNCH * launches + max(moved / REACHED.get(what, BANDWIDTH), operations / PEAK[size])
+        for what, moved, operations, launches in listed
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,6 +107,7 @@ def choose(
     norm_known: bool = False,
     reuse: int = 1,
     forced: str = "auto",
+    has_bias: bool = False,
 ) -> Plan:
     """The plan for `tokens` rows of x and operands of `size` bytes; `reuse`: how many passes one W' would serve.
 
@@ -95,8 +118,8 @@ def choose(
     if forced != "auto":
         return Plan(forced, forced == "weight" and reuse > 1, "asked for by name")
     shape = (tokens, out_features, in_features, r, size, trains)
-    times = {name: seconds(steps(name, *shape, norm_known), size) for name in ("activation", "weight", "merged")}
-    once = [step for step in steps("weight", *shape, norm_known) if step[0] in ("norms", "merged weight")]
+    times = {name: seconds(steps(name, *shape, norm_known, has_bias), size) for name in ("activation", "weight", "merged")}
+    once = [step for step in steps("weight", *shape, norm_known, has_bias) if step[0] in ("norms", "merged weight")]
     writing = seconds(once[: 1 if norm_known else 2], size)
     times["merged"] += writing / reuse
     rebuilt, kept = times["activation"] / times["weight"], times["activation"] / times["merged"]

@@ -128,7 +128,8 @@ def _planned_backward(
             )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
     return tuple(
-        None if grad is None else _shaped(library.as_dtype(grad, target.dtype), target.shape) for grad, target in zip(grads, like, strict=True)
+        None if grad is None else _shaped(library.as_dtype(grad, target.dtype), target.shape)
+        for grad, target in zip(grads, like, strict=True)
     )
 
 

@@ -236,7 +236,7 @@ def make_dora(**options: object) -> bk.FusedDoraLinear:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_keeps_its_merged_weight_between_micro_batches(training: bool) -> None:
     dora, x = make_dora().train(training), torch.randn(40, 104)
-    dora.reuse = 4
+    dora.reuse, dora.forced_plan = 4, "weight"  # at these sizes launches decide
     optimizer = torch.optim.SGD([dora.lora_A, dora.lora_B, dora.magnitude], lr=0.1)
 
     def rebuilds() -> int:
@@ -314,11 +314,13 @@ def test_sizes_that_auto_leaves_to_plain_torch(monkeypatch: pytest.MonkeyPatch) 
 
 def test_plans_in_words() -> None:
     dora = make_dora()
+    wide = bk.FusedDoraLinear.from_linear(torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16), r=4)
     with bk.use_backend("triton"):
-        assert str(dora.plan(40)).startswith("weight plan: modelled ")
-        dora.reuse = 8
-        assert str(dora.plan(40)).startswith("weight plan, merged weight kept between passes: modelled ")
-        assert "with one merged weight for 8 passes" in dora.plan(40).reason
+        assert str(wide.plan(16384)).startswith("weight plan: modelled ")
+        assert str(wide.plan(1)).startswith("activation plan: modelled ")
+        wide.reuse = 8
+        assert str(wide.plan(16384)).startswith("weight plan, merged weight kept between passes: modelled ")
+        assert "with one merged weight for 8 passes" in wide.plan(16384).reason
         dora.forced_plan = "activation"
         assert str(dora.plan(40)) == "activation plan: asked for by name"
         with bk.pass_mode(precise=True):

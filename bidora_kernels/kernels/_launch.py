@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .tiles import Tile, tile_for
+from .tiles import Tile, any_forced, tile_for
 
 LAUNCHES: collections.Counter[str] = collections.Counter()  # launches per kernel in this process
 
@@ -67,6 +67,56 @@ def _launch_compiled(kernel: Any, index: int, grid: tuple[int, ...], args: tuple
         return
     compiled, constants, _ = ready
     compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+class Prepared:
+    """A launch that lacks nothing but its tensors: what a launcher works out from sizes, strides and flags, kept by `geometry`.
+
+    The kernel takes its pointers first. A call costs a look at dtypes and alignment; the first of a kind goes by `run`.
+    """
+
+    __slots__ = ("_ready", "grid", "kernel", "name", "numbers", "options")
+
+    def __init__(self, name: str, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], **options: Any) -> None:
+        """Keep a kernel's grid, its run-time numbers and its compile-time parameters."""
+        self.name, self.kernel, self.grid, self.numbers, self.options = name, kernel, grid, numbers, options
+        self._ready: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch on the device of the first tensor."""
+        anchor = tensors[0]
+        if not anchor.is_cuda or torch.version.hip is not None:
+            run(self.name, self.kernel, self.grid, anchor, *tensors, *self.numbers, **self.options)
+            return
+        index, aligned = anchor.get_device(), 0
+        for tensor in tensors:
+            aligned = 2 * aligned + (tensor.data_ptr() & 15 == 0)
+        key = (index, aligned, *[tensor.dtype for tensor in tensors])
+        ready = self._ready.get(key)
+        if ready is not None and index == torch.cuda.current_device():
+            LAUNCHES[self.name] += 1
+            launch, tail = ready
+            launch(*tensors, *tail)
+            return
+        run(self.name, self.kernel, self.grid, anchor, *tensors, *self.numbers, **self.options)
+        known = _COMPILED.get((id(self.kernel), index, *self.options.items(), *compiled_for((*tensors, *self.numbers))))
+        if known is not None:
+            compiled, constants, _ = known
+            self._ready[key] = compiled[(*self.grid, 1, 1)[:3]], (*self.numbers, *constants)
+
+
+Worked = TypeVar("Worked")
+
+
+def geometry(work: Callable[..., Worked]) -> Callable[..., Worked]:
+    """Cache what a launcher works out from hashable arguments: the architecture, sizes, strides, dtypes and flags."""
+    cached = functools.lru_cache(maxsize=4096)(work)
+
+    @functools.wraps(work)
+    def known(*arguments: Any) -> Worked:
+        return work(*arguments) if any_forced() else cached(*arguments)
+
+    return known
 
 
 @functools.cache

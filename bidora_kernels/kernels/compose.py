@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import dot, round_to
-from ._launch import cdiv, precision, rows, run, tile
+from ._launch import Prepared, architecture_of, cdiv, geometry, precision, rows
+from .tiles import tile_for
 
 
 @triton.jit
@@ -105,14 +106,25 @@ def _launch(
     (tokens, out_features), r = output.shape, hidden.shape[1]
     if tokens == 0 or out_features == 0:
         return
-    chosen = tile("compose", r, base, hidden, output)
-    run(
-        name, _compose_kernel, (cdiv(tokens, chosen["BLOCK_T"]) * cdiv(out_features, chosen["BLOCK_OUT"]),), base,
-        base, base if base_dropped is None else base_dropped, hidden, lora_B, base if scale is None else scale,
-        base if bias is None else bias, output,
-        tokens, out_features, r, float(scaling),
-        base.stride(0), base.stride(0) if base_dropped is None else base_dropped.stride(0),
-        hidden.stride(0), *lora_B.stride(), output.stride(0),
-        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_DROPPED=base_dropped is not None,
-        RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(hidden), **chosen,
+    dropped = base if base_dropped is None else base_dropped
+    launch = _prepared(
+        name, architecture_of(base.device), tokens, out_features, r, float(scaling),
+        max(base.element_size(), hidden.element_size(), output.element_size()), precision(hidden),
+        (base.stride(0), dropped.stride(0), hidden.stride(0), *lora_B.stride(), output.stride(0)),
+        scale is not None, bias is not None, base_dropped is not None,
+    )  # fmt: skip
+    launch(base, dropped, hidden, lora_B, base if scale is None else scale, base if bias is None else bias, output)
+
+
+@geometry
+def _prepared(
+    name: str, architecture: str, tokens: int, out_features: int, r: int, scaling: float, widest: int, exact: str,
+    strides: tuple[int, ...], has_scale: bool, has_bias: bool, has_dropped: bool,
+) -> Prepared:  # fmt: skip
+    chosen = tile_for("compose", r, widest, architecture)
+    return Prepared(
+        name, _compose_kernel, (cdiv(tokens, chosen["BLOCK_T"]) * cdiv(out_features, chosen["BLOCK_OUT"]),),
+        (tokens, out_features, r, scaling, *strides),
+        HAS_SCALE=has_scale, HAS_BIAS=has_bias, HAS_DROPPED=has_dropped,
+        RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=exact, **chosen,
     )  # fmt: skip

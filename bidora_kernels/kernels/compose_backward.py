@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import dot, round_to
-from ._launch import cdiv, precision, rows, run, splits_for, tile
+from ._launch import Prepared, architecture_of, cdiv, geometry, precision, rows, splits_for
 from .reduce_partials import Segment, launch_reduce_partials
+from .tiles import tile_for
 
 
 @triton.jit
@@ -179,29 +180,20 @@ def launch_compose_backward(
         return torch.empty(*shape, dtype=dtype, device=device)
 
     grad_base = empty(tokens, out_features, dtype=base_dtype or grad_output.dtype) if needs_base else None
-    chosen = tile("compose_backward", r, grad_output, hidden, saved if needs_magnitude else None)
-    token_tiles, out_tiles = cdiv(tokens, chosen["BLOCK_T"]), cdiv(out_features, chosen["BLOCK_OUT"])
-    chunks = cdiv(r, chosen["BLOCK_R"])
-    tiles_per_split = max(1, cdiv(token_tiles, splits_for(out_tiles, token_tiles, least_steps=1)))
-    splits = cdiv(token_tiles, tiles_per_split)
-    rank_programs = chunks if needs_hidden or needs_lora_B else 1
+    widest = max(grad_output.element_size(), hidden.element_size(), saved.element_size() if needs_magnitude else 0)
+    launch, out_tiles, splits, rank_programs = _prepared(
+        architecture_of(device), tokens, out_features, r, float(scaling), widest, precision(hidden),
+        (grad_output.stride(0), saved.stride(0), hidden.stride(0), lora_B.stride(0), out_features),
+        needs_base, needs_hidden, needs_lora_B, needs_magnitude, output is not None, bias is not None, dropped,
+    )  # fmt: skip
     hidden_partials = empty(out_tiles, tokens * r) if needs_hidden else None
     lora_B_partials = empty(splits, out_features * r) if needs_lora_B else None
     magnitude_partials = empty(rank_programs * splits, out_features) if needs_magnitude else None
     buffers = (grad_base, hidden_partials, lora_B_partials, magnitude_partials)
-    if tokens and out_features and any(buffer is not None for buffer in buffers):
+    if tokens and out_features and (needs_base or needs_hidden or needs_lora_B or needs_magnitude):
         # what a flag leaves out is never dereferenced; norm stands in for its pointer
-        grad_base_arg, hidden_arg, lora_B_arg, magnitude_arg = (norm if buffer is None else buffer for buffer in buffers)
-        run(
-            "compose_backward", _compose_backward_kernel, (out_tiles * splits, rank_programs), grad_output,
-            grad_output, saved, hidden, lora_B, scale, norm if bias is None else bias,
-            grad_base_arg, hidden_arg, lora_B_arg, magnitude_arg,
-            tokens, out_features, r, tiles_per_split, float(scaling),
-            grad_output.stride(0), saved.stride(0), hidden.stride(0), lora_B.stride(0), out_features,
-            GRAD_BASE=needs_base, GRAD_HIDDEN=needs_hidden, GRAD_LORA_B=needs_lora_B, GRAD_MAGNITUDE=needs_magnitude,
-            FROM_OUTPUT=output is not None, HAS_BIAS=bias is not None, DROPPED=dropped,
-            RANK_CHUNKS=chunks, PRECISION=precision(hidden), **chosen,
-        )  # fmt: skip
+        written = [norm if buffer is None else buffer for buffer in buffers]
+        launch(grad_output, saved, hidden, lora_B, scale, norm if bias is None else bias, *written)
 
     segments = []
     if hidden_partials is not None:
@@ -220,3 +212,24 @@ def launch_compose_backward(
         lora_B=None if lora_B_partials is None else next(reduced),
         magnitude=None if magnitude_partials is None else next(reduced),
     )
+
+
+@geometry
+def _prepared(
+    architecture: str, tokens: int, out_features: int, r: int, scaling: float, widest: int, exact: str, strides: tuple[int, ...],
+    needs_base: bool, needs_hidden: bool, needs_lora_B: bool, needs_magnitude: bool, from_output: bool, has_bias: bool,
+    dropped: bool,
+) -> tuple[Prepared, int, int, int]:  # fmt: skip
+    """(the launch, tiles of out features, splits of the tokens, programs for the ranks)."""
+    chosen = tile_for("compose_backward", r, widest, architecture)
+    token_tiles, out_tiles = cdiv(tokens, chosen["BLOCK_T"]), cdiv(out_features, chosen["BLOCK_OUT"])
+    tiles_per_split = max(1, cdiv(token_tiles, splits_for(out_tiles, token_tiles, least_steps=1)))
+    splits, chunks = cdiv(token_tiles, tiles_per_split), cdiv(r, chosen["BLOCK_R"])
+    rank_programs = chunks if needs_hidden or needs_lora_B else 1
+    launch = Prepared(
+        "compose_backward", _compose_backward_kernel, (out_tiles * splits, rank_programs),
+        (tokens, out_features, r, tiles_per_split, scaling, *strides),
+        GRAD_BASE=needs_base, GRAD_HIDDEN=needs_hidden, GRAD_LORA_B=needs_lora_B, GRAD_MAGNITUDE=needs_magnitude,
+        FROM_OUTPUT=from_output, HAS_BIAS=has_bias, DROPPED=dropped, RANK_CHUNKS=chunks, PRECISION=exact, **chosen,
+    )  # fmt: skip
+    return launch, out_tiles, splits, rank_programs

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import bf16_pieces, dot, dot_pieces, inverse_norm, low_rank_tile, round_to, row_scale
-from ._launch import cdiv, precision, rows, run, splits_for, tile
+from ._launch import Prepared, architecture_of, cdiv, geometry, precision, rows, splits_for
 from .pieces import launch_pieces
+from .tiles import tile_for
 from .weight_norm import launch_weight_norm
 
 
@@ -125,17 +126,29 @@ def launch_merged_weight(
         output = torch.empty(out_features, in_features, dtype=dtype or weight.dtype, device=weight.device)
     if output.numel() == 0:
         return output, norm
-    chosen = tile("merged_weight", r, weight, lora_A, lora_B, output)
+    widest = max(tensor.element_size() for tensor in (weight, lora_A, lora_B, output))
     if pieces is not None:
         lora_A = pieces
+    launch = _prepared(
+        architecture_of(weight.device), out_features, in_features, r, dither_seed or 0, float(scaling), widest,
+        precision(lora_A, lora_B),
+        (*weight.stride(), 0 if pieces is None else pieces.stride(0), lora_A.stride(-2), lora_B.stride(0)),
+        magnitude is None, dither_seed is not None and output.element_size() == 2, pieces is not None,
+    )  # fmt: skip
+    launch(weight, lora_A, lora_B, norm if magnitude is None else magnitude, norm, output)
+    return output, norm
+
+
+@geometry
+def _prepared(
+    architecture: str, out_features: int, in_features: int, r: int, seed: int, scaling: float, widest: int, exact: str,
+    strides: tuple[int, ...], unit: bool, dithered: bool, has_pieces: bool,
+) -> Prepared:  # fmt: skip
+    chosen = tile_for("merged_weight", r, widest, architecture)
     blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
     tiles_per_split = cdiv(steps, splits_for(blocks, steps, least_steps=1))
-    run(
-        "merged_weight", _merged_weight_kernel, (blocks, cdiv(steps, tiles_per_split)), weight,
-        weight, lora_A, lora_B, norm if magnitude is None else magnitude, norm, output,
-        out_features, in_features, r, tiles_per_split, dither_seed or 0, float(scaling),
-        *weight.stride(), 0 if pieces is None else pieces.stride(0), lora_A.stride(-2), lora_B.stride(0),
-        UNIT=magnitude is None, DITHER=dither_seed is not None and output.element_size() == 2, PIECES=pieces is not None,
-        RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(lora_A, lora_B), **chosen,
+    return Prepared(
+        "merged_weight", _merged_weight_kernel, (blocks, cdiv(steps, tiles_per_split)),
+        (out_features, in_features, r, tiles_per_split, seed, scaling, *strides),
+        UNIT=unit, DITHER=dithered, PIECES=has_pieces, RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=exact, **chosen,
     )  # fmt: skip
-    return output, norm

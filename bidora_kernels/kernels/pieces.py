@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import bf16_pieces
-from ._launch import cdiv, run
+from ._launch import Prepared, cdiv, geometry
 
 LARGEST_RANK = 16  # beyond it six products cost more than they spare
 
@@ -37,7 +37,10 @@ def launch_pieces(lora_A: Tensor, lora_B: Tensor) -> Tensor | None:
     lora_A = lora_A.contiguous()
     pieces = torch.empty(3, r, in_features, dtype=torch.bfloat16, device=lora_A.device)
     if lora_A.numel():
-        run(
-            "pieces", _pieces_kernel, (cdiv(lora_A.numel(), 512),), lora_A, lora_A, pieces, lora_A.numel(), BLOCK=512, num_warps=4
-        )
+        _prepared(lora_A.numel())(lora_A, pieces)
     return pieces
+
+
+@geometry
+def _prepared(length: int) -> Prepared:
+    return Prepared("pieces", _pieces_kernel, (cdiv(length, 512),), (length,), BLOCK=512, num_warps=4)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import inverse_norm, round_to
-from ._launch import cdiv, run
+from ._launch import Prepared, cdiv, geometry
 
 
 class Segment(NamedTuple):
@@ -52,9 +52,8 @@ def _reduce_segment(
 
 @triton.jit
 def _reduce_partials_kernel(
-    partials_0_ptr, divisor_0_ptr, output_0_ptr, parts_0, length_0, blocks_0,
-    partials_1_ptr, divisor_1_ptr, output_1_ptr, parts_1, length_1, blocks_1,
-    partials_2_ptr, divisor_2_ptr, output_2_ptr, parts_2, length_2,
+    partials_0_ptr, divisor_0_ptr, output_0_ptr, partials_1_ptr, divisor_1_ptr, output_1_ptr,
+    partials_2_ptr, divisor_2_ptr, output_2_ptr, parts_0, length_0, blocks_0, parts_1, length_1, blocks_1, parts_2, length_2,
     SEGMENTS: tl.constexpr, FINISH_0: tl.constexpr, FINISH_1: tl.constexpr, FINISH_2: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -79,25 +78,35 @@ def _shape(length: int) -> tuple[int, int]:
 
 def launch_reduce_partials(*segments: Segment) -> list[Tensor]:
     """Return one tensor per segment; up to three segments share one launch."""
-    outputs, args, finishes = [], [], []
-    block, block_parts = _shape(sum(segment.partials.shape[1] for segment in segments))
-    total_blocks = 0
+    outputs: list[Tensor] = []
+    tensors: list[Tensor] = []
+    sizes: list[tuple[int, int, int]] = []
     for segment in segments:
         parts, length = segment.partials.shape
         output = torch.empty(segment.shape or (length,), dtype=segment.dtype, device=segment.partials.device)
         divisor = segment.norm if segment.norm is not None else segment.divisor
-        blocks = cdiv(length, block)
-        args += [segment.partials, output if divisor is None else divisor, output, parts, length, blocks]
-        finishes.append(1 if segment.norm is not None else 2 if segment.divisor is not None else 0)
+        tensors += (segment.partials, output if divisor is None else divisor, output)
+        sizes.append((parts, length, 1 if segment.norm is not None else 2 if segment.divisor is not None else 0))
         outputs.append(output)
-        total_blocks += blocks
-    for _ in range(3 - len(segments)):
-        args += [*args[:3], 0, 0, 0]
-        finishes.append(0)
-    if total_blocks:
-        run(
-            "reduce_partials", _reduce_partials_kernel, (total_blocks,), segments[0].partials, *args[:-1],
-            SEGMENTS=len(segments), FINISH_0=finishes[0], FINISH_1=finishes[1], FINISH_2=finishes[2],
-            BLOCK_PARTS=block_parts, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+    launch = _prepared(*sizes)
+    if launch is not None:
+        launch(*tensors, *tensors[:3] * (3 - len(segments)))
     return outputs
+
+
+@geometry
+def _prepared(*sizes: tuple[int, int, int]) -> Prepared | None:
+    """From (parts, length, finish) of each segment; None where there is nothing to add."""
+    block, block_parts = _shape(sum(length for _, length, _ in sizes))
+    numbers, finishes, blocks = [], [], 0
+    for parts, length, finish in (*sizes, *((0, 0, 0),) * (3 - len(sizes))):
+        numbers += [parts, length, cdiv(length, block)]
+        finishes.append(finish)
+        blocks += numbers[-1]
+    if not blocks:
+        return None
+    return Prepared(
+        "reduce_partials", _reduce_partials_kernel, (blocks,), tuple(numbers[:-1]),
+        SEGMENTS=len(sizes), FINISH_0=finishes[0], FINISH_1=finishes[1], FINISH_2=finishes[2],
+        BLOCK_PARTS=block_parts, BLOCK=block, num_warps=4,
+    )  # fmt: skip

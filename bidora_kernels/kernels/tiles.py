@@ -153,6 +153,11 @@ def forced_tile(kernel: str, tile: Tile) -> Iterator[None]:
         del _FORCED[kernel]
 
 
+def any_forced() -> bool:
+    """Whether a tile is forced at the moment."""
+    return bool(_FORCED)
+
+
 def tile_for(kernel: str, r: int, widest: int, architecture: str = "default") -> Tile:
     """The tile of `kernel` for rank r and operands of at most `widest` bytes on an architecture like "sm_90"."""
     if kernel in _FORCED:

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import bf16_pieces, dot, dot_pieces, low_rank_tile, row_scale
-from ._launch import cdiv, padded_ranks, precision, rows, run, splits_for, tile
+from ._launch import Prepared, architecture_of, cdiv, geometry, padded_ranks, precision, rows, splits_for
 from .pieces import launch_pieces
+from .tiles import tile_for
 
 
 @triton.jit
@@ -100,13 +101,17 @@ def launch_row_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 
 def _finish(sums: Tensor, norm: Tensor, scale: Tensor | None, splits: int, magnitude: Tensor | None) -> None:
-    length, block = norm.numel(), 256
-    if length:
-        run(
-            "row_scale", _row_scale_kernel, (cdiv(length, block),), norm,
-            sums, norm if magnitude is None else magnitude, norm, norm if scale is None else scale, splits, length,
-            FROM_SUMS=splits > 0, HAS_MAGNITUDE=magnitude is not None, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+    if norm.numel():
+        launch = _finishing(norm.numel(), splits, magnitude is not None)
+        launch(sums, norm if magnitude is None else magnitude, norm, norm if scale is None else scale)
+
+
+@geometry
+def _finishing(length: int, splits: int, has_magnitude: bool) -> Prepared:
+    return Prepared(
+        "row_scale", _row_scale_kernel, (cdiv(length, 256),), (splits, length),
+        FROM_SUMS=splits > 0, HAS_MAGNITUDE=has_magnitude, BLOCK=256, num_warps=4,
+    )  # fmt: skip
 
 
 def launch_weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pieces: Tensor | None = None) -> Tensor:
@@ -143,22 +148,36 @@ def _sums(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, pieces
     """[splits, sets, out] sums of squares for lora_A [sets, r, in] and lora_B [sets, out, r], or one set without `sets`."""
     out_features, in_features = weight.shape
     sets, r = (lora_A.shape[0] if lora_A.dim() == 3 else 1), lora_A.shape[-2]
-    chosen = tile("weight_norm" if sets == 1 else "weight_norms", r, weight, lora_A, lora_B)
+    widest = max(weight.element_size(), lora_A.element_size(), lora_B.element_size())
     if lora_A.dim() == 3:
         strides = lora_A.stride(0), lora_A.stride(1), lora_B.stride(0), lora_B.stride(1)
     else:
         pieces = launch_pieces(lora_A, lora_B) if pieces is None else pieces
         lora_A = lora_A if pieces is None else pieces
         strides = 0 if pieces is None else pieces.stride(0), lora_A.stride(-2), 0, lora_B.stride(0)
-    blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
-    splits = splits_for(blocks, steps, least_steps=1)
+    launch, splits = _summing(
+        architecture_of(weight.device), out_features, in_features, r, sets, float(scaling), widest, precision(lora_A, lora_B),
+        (*weight.stride(), *strides), pieces is not None,
+    )  # fmt: skip
     sums = torch.empty(splits, sets, out_features, dtype=torch.float32, device=weight.device)
     if out_features:
-        run(
-            "weight_norm", _weight_norm_kernel, (blocks, splits), weight,
-            weight, lora_A, lora_B, sums, out_features, in_features, r, cdiv(steps, splits) * chosen["BLOCK_IN"], float(scaling),
-            *weight.stride(), *strides,
-            SETS=sets, SETS_PADDED=triton.next_power_of_2(sets), PIECES=pieces is not None,
-            RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(lora_A, lora_B), **chosen,
-        )  # fmt: skip
+        launch(weight, lora_A, lora_B, sums)
     return sums
+
+
+@geometry
+def _summing(
+    architecture: str, out_features: int, in_features: int, r: int, sets: int, scaling: float, widest: int, exact: str,
+    strides: tuple[int, ...], has_pieces: bool,
+) -> tuple[Prepared, int]:  # fmt: skip
+    """(the launch, splits of in_features)."""
+    chosen = tile_for("weight_norm" if sets == 1 else "weight_norms", r, widest, architecture)
+    blocks, steps = cdiv(out_features, chosen["BLOCK_OUT"]), cdiv(in_features, chosen["BLOCK_IN"])
+    splits = splits_for(blocks, steps, least_steps=1)
+    launch = Prepared(
+        "weight_norm", _weight_norm_kernel, (blocks, splits),
+        (out_features, in_features, r, cdiv(steps, splits) * chosen["BLOCK_IN"], scaling, *strides),
+        SETS=sets, SETS_PADDED=triton.next_power_of_2(sets), PIECES=has_pieces,
+        RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=exact, **chosen,
+    )  # fmt: skip
+    return launch, splits

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from bidora_kernels.kernels import _launch
 
 KERNEL_MODULES = [
+    "_launch",
     "compose",
     "compose_backward",
     "direction_backward",
@@ -57,6 +58,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
         launches.append(Launch(name, kernel, args, options))
 
     modules = [importlib.import_module(f"bidora_kernels.kernels.{name}") for name in KERNEL_MODULES]
+    modules = [module for module in modules if hasattr(module, "run")]
     originals = [module.run for module in modules]
     for module in modules:
         module.run = record
@@ -69,15 +71,20 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 def launches_of(call: Callable[[], object], architecture: str = "default") -> list[Launch]:
     """The launches of a call with the tiles of an architecture like "sm_90" or "gfx942"."""
-    original, _launch.architecture_of = _launch.architecture_of, lambda device: architecture
-    hip = torch.version.hip
+    modules = [importlib.import_module(f"bidora_kernels.kernels.{name}") for name in KERNEL_MODULES]
+    modules = [module for module in modules if hasattr(module, "architecture_of")]
+    original, hip = _launch.architecture_of, torch.version.hip
+    for module in modules:
+        module.architecture_of = lambda device: architecture
     if architecture.startswith("gfx"):
         torch.version.hip = "compiled for"  # what a build of torch for AMD says of itself
     try:
         with recorded_launches() as launches:
             call()
     finally:
-        _launch.architecture_of, torch.version.hip = original, hip
+        for module in modules:
+            module.architecture_of = original
+        torch.version.hip = hip
     return launches
 
 

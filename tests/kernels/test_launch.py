@@ -14,6 +14,7 @@ from triton.runtime import jit
 
 from bidora_kernels.kernels import _launch
 from bidora_kernels.kernels._launch import compiled_for
+from bidora_kernels.kernels.tiles import Tile, forced_tile, tile_for
 
 INTEGERS = (0, 1, 2, 8, 15, 16, 17, 32, 4096, 2**31 - 1, 2**31, 2**31 + 16, 2**32, 2**40)
 
@@ -79,3 +80,48 @@ def test_a_known_kind_of_launch_goes_to_the_compiled_kernel() -> None:
         _launch._launch_compiled(kernel, 0, (3,), (x, 32, 0.5), changed)
     _launch._launch_compiled(kernel, 1, (3,), (x, 32, 0.5), {"WIDTH": 128, "num_warps": 4})
     assert len(kernel.compiled) == 5  # other constants, another device
+
+
+class OnGpu(torch.Tensor):
+    """Stands in for a tensor of the first GPU."""
+
+    is_cuda = True
+
+    def get_device(self) -> int:
+        return 0
+
+
+def test_a_prepared_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    kernel, launches = Recorded(), _launch.LAUNCHES["recorded"]
+    prepared = _launch.Prepared("recorded", kernel, (3, 2), (64, 0.5), WIDTH=128, num_warps=4)
+    whole = torch.zeros(128)
+    start = -whole.data_ptr() % 16 // 4
+    aligned, odd = (whole[start + offset : start + offset + 64].as_subclass(OnGpu) for offset in (0, 1))
+    for _ in range(3):
+        prepared(aligned)
+    assert len(kernel.compiled) == 1
+    assert len(kernel.launched) == 2
+    assert kernel.launched[-1] == ((3, 2, 1), (aligned, 64, 0.5, 128))
+    prepared(odd)
+    prepared(aligned.to(torch.bfloat16).as_subclass(OnGpu))
+    assert len(kernel.compiled) == 3  # another alignment, another dtype
+    prepared(odd)
+    assert len(kernel.compiled) == 3
+    assert _launch.LAUNCHES["recorded"] == launches + 6
+
+
+def test_a_forced_tile_is_never_kept() -> None:
+    taken: list[int] = []
+
+    @_launch.geometry
+    def work(size: int) -> int:
+        taken.append(size)
+        return tile_for("compose", size, 2).get("BLOCK_T", 0)
+
+    usual = work(16)
+    assert (work(16), taken) == (usual, [16])
+    with forced_tile("compose", Tile(BLOCK_T=16, BLOCK_OUT=16, BLOCK_R=16)):
+        assert work(16) == 16
+    assert work(16) == usual

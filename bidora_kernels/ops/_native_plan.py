@@ -56,8 +56,9 @@ def in_bf16(product_dtype: torch.dtype, weight: Tensor, dropped: bool) -> bool:
 
 
 def kept_dtype(
-    weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool
-) -> torch.dtype | None:
+    weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool,
+    has_bias: bool,
+) -> torch.dtype | None:  # fmt: skip
     """The dtype of what the backward needs beyond y for the magnitude's gradient, None where y is enough.
 
     With dropout it is V x_dropped; a precise pass keeps the y that was not rounded to 16 bits.
@@ -184,7 +185,7 @@ def forward(
                 torch.mm(x, frozen.t(), out=y[:, part])
                 torch.mm(x_dropped, frozen.t(), out=kept[:, part])
             native.compose(y, torch.mm(x_dropped, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y, kept)
-    kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps)
+    kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps, bias is not None)
     return y if y.dtype is out_dtype else y.to(out_dtype), norm, None if kept_as is None else kept, ()
 
 

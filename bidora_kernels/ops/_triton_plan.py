@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.compose import launch_compose
+from ..kernels.magnitude_gradient import launch_magnitude_gradient
 from ..kernels.pieces import launch_pieces
 from ..kernels.weight_norm import launch_row_scale, launch_weight_norm_and_scale
 from ._library import as_dtype
@@ -27,10 +28,14 @@ from ._triton_gradients import (
 
 
 def kept_dtype(
-    weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool
-) -> torch.dtype | None:
-    """The dtype of the base output, which the magnitude's gradient needs; y / magnitude would be lost near magnitude 0."""
-    return product_dtype if keeps else None
+    weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool,
+    has_bias: bool,
+) -> torch.dtype | None:  # fmt: skip
+    """The dtype of the base output where the backward needs it for the magnitude's gradient and y is not enough.
+
+    y / magnitude is, but for rows near magnitude 0, which are computed again; not with dropout, a bias, or a y of less precision.
+    """
+    return product_dtype if keeps and (dropped or has_bias or product_dtype != out_dtype) else None
 
 
 def forward(
@@ -67,10 +72,11 @@ def forward(
     base_dropped = None if x_dropped is None else product(inputs, frozen.t(), product_dtype)
     narrow_A = as_dtype(lora_A, product_dtype) if narrow_A is None else narrow_A
     hidden = torch.mm(as_dtype(inputs, product_dtype), narrow_A.t())
-    in_place = base if (not keeps or x_dropped is not None) and base.dtype == out_dtype else None
+    kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps, bias is not None)
+    in_place = base if (kept_as is None or x_dropped is not None) and base.dtype == out_dtype else None
     y = launch_compose(base, hidden, lora_B, scale, scaling, bias, base_dropped, output=in_place, dtype=out_dtype)
     kept = base if x_dropped is None else base_dropped
-    return y, norm, kept if keeps else None, (scale, narrow_A, hidden)
+    return y, norm, None if kept_as is None else kept, (scale, narrow_A, hidden)
 
 
 def backward(
@@ -95,7 +101,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
 
-    again: what the forward left under this name; without it, it is computed again.
+    kept: what `kept_dtype` says, or y; None where y was overwritten since. again: what the forward left under this name; without
+    it, it is computed again.
     """
     norm = as_dtype(norm, torch.float32)
     operands = operand_dtype(x, weight, product_dtype)
@@ -106,12 +113,19 @@ def backward(
         scale, narrow_A = launch_row_scale(magnitude, norm), as_dtype(lora_A, product_dtype)
         hidden = low_rank_input(inputs, narrow_A, needs_direction or needs_magnitude)
     through_norm = needs_direction and differentiate_norm
-    needs_inner = needs_dropped if dropped else needs_x
+    needs_inner, needs_sum = needs_dropped if dropped else needs_x, needs_magnitude or through_norm
+    from_output = kept_dtype(weight, dropped, False, product_dtype, grad_output.dtype, True, bias is not None) is None
+    if from_output and needs_sum and kept is None:
+        kept, from_output = product(flat(x, operands), frozen.t(), product_dtype), False
     grads = layer_gradients(
         grad_output, hidden, lora_B, scale, norm, scaling,
-        base=kept, dropped=dropped, needs_base=needs_inner, needs_hidden=needs_inner or needs_direction,
-        needs_lora_B=needs_direction, needs_magnitude=needs_magnitude or through_norm, base_dtype=operands,
+        base=None if from_output else kept, output=kept if from_output else None,
+        magnitude=magnitude if from_output else None, dropped=dropped,
+        needs_base=needs_inner, needs_hidden=needs_inner or needs_direction, needs_lora_B=needs_direction,
+        needs_magnitude=needs_sum, base_dtype=operands,
     )  # fmt: skip
+    if from_output and grads.magnitude is not None:
+        launch_magnitude_gradient(grads.magnitude, grad_output, inputs, weight, lora_A, lora_B, magnitude, norm, scaling)
     grad_inner = None
     if grads.base is not None and grads.hidden is not None:
         grad_inner = add_low_rank(torch.mm(grads.base, frozen), as_dtype(grads.hidden, operands), as_dtype(narrow_A, operands))

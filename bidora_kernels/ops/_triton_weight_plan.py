@@ -20,7 +20,10 @@ from ._triton_gradients import first_piece, flat, layer_gradients, low_rank_inpu
 DITHER_SEED = 0x5EED
 
 
-def kept_dtype(product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool, has_bias: bool) -> torch.dtype | None:
+def kept_dtype(
+    weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool,
+    has_bias: bool,
+) -> torch.dtype | None:  # fmt: skip
     """The dtype of the output without bias, where the backward needs it and y is something else."""
     return product_dtype if keeps and (has_bias or product_dtype != out_dtype) else None
 
@@ -69,7 +72,8 @@ def forward(
     else:
         y = unbiased = as_dtype(torch.addmm(as_dtype(bias, product_dtype), inputs, merged.t()), out_dtype)
     again = () if pieces is None else (pieces,)
-    return y, norm, None if kept_dtype(product_dtype, out_dtype, keeps, bias is not None) is None else unbiased, again
+    kept_as = kept_dtype(weight, False, False, product_dtype, out_dtype, keeps, bias is not None)
+    return y, norm, None if kept_as is None else unbiased, again
 
 
 def backward(

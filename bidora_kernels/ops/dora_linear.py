@@ -85,12 +85,9 @@ def _forward_fake(
     out_dtype: torch.dtype, keeps: bool, backend: str, plan: str = "activation", merged: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
-    implementation = _implementation(backend, plan)
-    if plan == "weight":
-        kept_dtype = implementation.kept_dtype(product_dtype, out_dtype, keeps, bias is not None)
-    else:
-        dropped = x_dropped is not None
-        kept_dtype = implementation.kept_dtype(weight, dropped, precise, product_dtype, out_dtype, keeps)
+    kept_dtype = _implementation(backend, plan).kept_dtype(
+        weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps, bias is not None
+    )
     kept = x.new_empty(0) if kept_dtype is None else y.new_empty(library.flatten(y).shape, dtype=kept_dtype)
     norm = x.new_empty(0) if norm_given is not None else weight.new_empty(weight.shape[0], dtype=reference.norm_dtype(weight))
     return y, norm, kept

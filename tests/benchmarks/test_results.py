@@ -102,5 +102,9 @@ def test_committed_results(path: Path | None) -> None:
 
     assert len(committed["cases"]) == len(committed["selected"])
     ids = {case.id for case in suite(committed["suite"])}
-    bf16_cpu = {name for name in ids ^ set(committed["selected"]) if name.endswith("bf16") and "step/" in name}
-    assert ids ^ set(committed["selected"]) <= bf16_cpu, "the suite has changed since: measure again"
+    selected = set(committed["selected"])
+    if committed["suite"] == "gpu":  # GPU time comes in short stretches; benchmarks/README.md says what is missing
+        assert selected <= ids, "the suite has changed since: measure again"
+        return
+    bf16_cpu = {name for name in ids ^ selected if name.endswith("bf16") and "step/" in name}
+    assert ids ^ selected <= bf16_cpu, "the suite has changed since: measure again"

@@ -82,6 +82,13 @@ def test_without_a_bias_and_through_the_norm() -> None:
     check((72, 104, 3), torch.float32, "weight", False, False)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("r", [3, 16, 130])
+def test_the_activation_plan_without_a_bias(r: int, dtype: torch.dtype) -> None:
+    """It keeps y instead of the base output, and reads the magnitude's gradient off it."""
+    check((72, 104, r), dtype, "activation", False, r != 16)
+
+
 @pytest.mark.parametrize("detach", [True, False])
 def test_library_products_at_large_ranks(detach: bool) -> None:
     check((72, 56, 130), torch.float32, "activation", True, detach)
@@ -150,17 +157,20 @@ def test_a_kept_merged_weight_changes_no_bit(bias: bool, detach: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("kept", [False, True])
-def test_magnitudes_near_zero_keep_their_gradient(kept: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("plan", "kept", "bias"),
+    [("weight", False, True), ("weight", True, True), ("activation", False, True), ("activation", False, False)],
+)
+def test_magnitudes_near_zero_keep_their_gradient(plan: str, kept: bool, bias: bool, dtype: torch.dtype) -> None:
     layer, x, grad = inputs((72, 104, 16), dtype)
     layer.magnitude[::3] = 0.0
     layer.magnitude[1::9] = 1e-7
-    options: dict[str, object] = {"plan": "weight"}
+    options: dict[str, object] = {"plan": plan, "bias": bias}
     if kept:
         merged, norm = merge(layer.weight, layer.lora_A, layer.lora_B, layer.magnitude, layer.scaling, dtype)
         options = {"merged": merged, "norm": norm}
     got = run(layer, x, grad, "triton", **options)["magnitude"]
-    expected, same = (run(one, x.to(one.weight.dtype), grad, "reference")["magnitude"] for one in (layer.double(), layer))
+    expected, same = (run(one, x.to(one.weight.dtype), grad, "reference", bias)["magnitude"] for one in (layer.double(), layer))
     assert_rows_close(got, expected, same, dtype, sizes(layer, x, grad, True)["magnitude"])
     assert got[[ZERO_ROW, TINY_ROW]].abs().max() == 0.0
 
@@ -196,17 +206,32 @@ def test_the_gradient_of_lost_rows() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_output_overwritten_in_place(bias: bool) -> None:
+@pytest.mark.parametrize("plan", ["activation", "weight"])
+def test_an_output_overwritten_in_place(plan: str, bias: bool) -> None:
     layer, x, grad = inputs((72, 104, 4), torch.float32)
     found = []
     for in_place in (True, False):
         leaves = [tensor.detach().requires_grad_() for tensor in (layer.lora_A, layer.lora_B, layer.magnitude)]
         with bk.use_backend("triton"):
-            y = bk.functional.dora_linear(x, layer.weight, *leaves, layer.scaling, layer.bias if bias else None, plan="weight")
+            y = bk.functional.dora_linear(x, layer.weight, *leaves, layer.scaling, layer.bias if bias else None, plan=plan)
             y = y.relu_() if in_place else y.relu()
             found.append(torch.autograd.grad(y, leaves, grad))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("plan", ["activation", "weight"])
+def test_what_a_forward_keeps(plan: str, bias: bool) -> None:
+    """Beside its inputs and y: another tensor of y's size only where a bias hides what the magnitude's gradient needs."""
+    layer, x, _ = inputs((72, 104, 4), torch.bfloat16, tokens=50)
+    leaves = [tensor.detach().requires_grad_() for tensor in (layer.lora_A, layer.lora_B, layer.magnitude)]
+    with bk.use_backend("triton"):
+        y = bk.functional.dora_linear(x, layer.weight, *leaves, layer.scaling, layer.bias if bias else None, plan=plan)
+    assert y.grad_fn is not None
+    large = [tensor for tensor in y.grad_fn.saved_tensors if tensor is not None and tensor.numel() == y.numel()]
+    assert len(large) == bias
+    assert all(tensor.data_ptr() != y.data_ptr() for tensor in large)
 
 
 @pytest.mark.parametrize("needs", [(), ("direction",), ("magnitude",)])

@@ -147,7 +147,7 @@ def _columns() -> list[tuple[str, Shape]]:
 
 
 def plans_table(documents: Sequence[Document]) -> list[str]:
-    """Modelled forward and backward times of every plan on an H200, µs; none is measured."""
+    """Modelled forward and backward times of every plan on an H200, µs; what was measured by hand is in benchmarks/README.md."""
     plans = {
         "frozen linear": frozen,
         "PEFT LoRA": peft_lora,
@@ -210,7 +210,8 @@ def basis(documents: Sequence[Document]) -> tuple[str, Ceilings, dict[str, float
         )
         return words, ceilings, gaps
     words = (
-        "No GPU was measured: ceilings assumed for an H200, every plan taken at its prediction. The collectives are assumed too."
+        "No layer was measured by the suite on a GPU: ceilings assumed for an H200, every plan taken at its prediction. "
+        "The collectives are assumed too."
     )
     return words, MODELLED_H200, dict.fromkeys(PROJECTED, 1.0)
 

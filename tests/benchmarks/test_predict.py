@@ -120,7 +120,7 @@ def test_the_gap_is_named_and_adds_up() -> None:
 
 def test_the_projection_takes_a_measured_gpu_where_there_is_one_and_says_so() -> None:
     words, ceilings, gaps = predictions.basis([])
-    assert words.startswith("No GPU was measured")
+    assert words.startswith("No layer was measured by the suite on a GPU")
     assert ceilings == MODELLED_H200
     assert set(gaps.values()) == {1.0}
     tiny, cpu = _gpu_document(1.5), document()

@@ -166,7 +166,8 @@ def native(s: Shape) -> Plan:
 def triton_activation_plan(s: Shape) -> Plan:
     """Triton: norm, product, h, compose; one pass for g and the partial sums of dh, dB, dm, then two products and dA."""
     rank, tiles = max(16, s.r), -(-s.out // 128)
-    partials = 4.0 * s.r * (tiles * s.tokens + 8 * s.out)
+    few = s.r < 32  # beyond it two library products read dy again instead
+    partials = 4.0 * s.r * (tiles * s.tokens + 8 * s.out) if few else 2.0 * s.size * s.tokens * s.out
     norm = Kernel("norm", s.size * s.out * s.inner, 2.0 * s.out * s.inner * rank)
     compose = Kernel("compose", s.size * 2.0 * s.tokens * s.out, 2.0 * s.tokens * s.out * rank)
     forward = [_product(s), _over_inputs(s, "h = x A"), compose]
@@ -174,7 +175,7 @@ def triton_activation_plan(s: Shape) -> Plan:
         return forward
     backward = Kernel("compose_backward", 3.0 * s.size * s.tokens * s.out + partials, 4.0 * s.tokens * s.out * rank)
     return [
-        norm, *forward, backward, Kernel("reduce_partials", partials), _product(s, "g W"),
+        norm, *forward, backward, Kernel("reduce_partials", partials if few else 0.0), _product(s, "g W"),
         Kernel("dx += dh A", 2.0 * s.size * s.tokens * s.inner, 2.0 * s.tokens * s.inner * rank), _over_inputs(s, "dA"),
     ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The gradients of `compose` in one pass over the gradient of its output (DoRA, arXiv:2402.09353, section 4.3).
 
     grad_base      = c * grad_output                       (with dropout: (c - 1) * grad_output, for base_dropped)
-    grad_hidden    = grad_output @ (scaling * c * lora_B)
+    grad_hidden    = scaling * grad_output @ (c * lora_B)
     grad_lora_B    = scaling * c * (grad_output^T @ hidden)
     grad_magnitude = sum over tokens of grad_output * (base + scaling * hidden @ lora_B^T) / norm    (0 where norm < 1e-18)
                    = (sum of grad_output * base + scaling * row sum of lora_B * (grad_output^T @ hidden)) / norm
@@ -59,7 +59,7 @@ def _compose_backward_kernel(
     scale = tl.load(scale_ptr + col, mask=col_ok, other=0.0)
     if GRAD_HIDDEN:
         b = tl.load(lora_B_ptr + col[:, None] * stride_lora_B + rank[None, :], col_ok[:, None] & rank_ok[None, :], 0.0)
-        scaled_b = round_to(b.to(tl.float32) * (scaling * scale)[:, None], hidden_ptr.dtype.element_ty)
+        scaled_b = round_to(b.to(tl.float32) * scale[:, None], hidden_ptr.dtype.element_ty)
     if GRAD_TIMES_HIDDEN:
         product = tl.zeros((BLOCK_OUT, BLOCK_R), tl.float32)
     if GRAD_MAGNITUDE:
@@ -102,7 +102,7 @@ def _compose_backward_kernel(
             grad_hidden = dot(narrow, scaled_b, tl.zeros((BLOCK_T, BLOCK_R), tl.float32), PRECISION)
             partial_tile = hidden_partial_ptr + first_token * r
             offset = token[:, None] * r + rank[None, :]
-            tl.store(partial_tile + offset, grad_hidden, mask=token_ok[:, None] & rank_ok[None, :])
+            tl.store(partial_tile + offset, grad_hidden * scaling, mask=token_ok[:, None] & rank_ok[None, :])
         if GRAD_TIMES_HIDDEN:
             product = dot(tl.trans(narrow), h, product, PRECISION)
         if FROM_BASE and not ALL_RANKS:

@@ -55,25 +55,33 @@ def _reduce_partials_kernel(
     partials_0_ptr, divisor_0_ptr, output_0_ptr, partials_1_ptr, divisor_1_ptr, output_1_ptr,
     partials_2_ptr, divisor_2_ptr, output_2_ptr, parts_0, length_0, blocks_0, parts_1, length_1, blocks_1, parts_2, length_2,
     SEGMENTS: tl.constexpr, FINISH_0: tl.constexpr, FINISH_1: tl.constexpr, FINISH_2: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS_AT_ONCE_0: tl.constexpr, PARTS_AT_ONCE_1: tl.constexpr, PARTS_AT_ONCE_2: tl.constexpr,
+    BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
 ):  # fmt: skip
-    """One program sums BLOCK columns of one of up to three segments."""
+    """One program sums a block of columns of one of up to three segments."""
     block = tl.program_id(0)
     if block < blocks_0:
-        _reduce_segment(block, partials_0_ptr, divisor_0_ptr, output_0_ptr, parts_0, length_0, FINISH_0, BLOCK_PARTS, BLOCK)
+        _reduce_segment(block, partials_0_ptr, divisor_0_ptr, output_0_ptr, parts_0, length_0, FINISH_0, PARTS_AT_ONCE_0, BLOCK_0)
     if SEGMENTS > 1:
         block -= blocks_0
         if (block >= 0) & (block < blocks_1):
-            _reduce_segment(block, partials_1_ptr, divisor_1_ptr, output_1_ptr, parts_1, length_1, FINISH_1, BLOCK_PARTS, BLOCK)
+            _reduce_segment(
+                block, partials_1_ptr, divisor_1_ptr, output_1_ptr, parts_1, length_1, FINISH_1, PARTS_AT_ONCE_1, BLOCK_1
+            )
     if SEGMENTS > 2:
         block -= blocks_1
         if block >= 0:
-            _reduce_segment(block, partials_2_ptr, divisor_2_ptr, output_2_ptr, parts_2, length_2, FINISH_2, BLOCK_PARTS, BLOCK)
+            _reduce_segment(
+                block, partials_2_ptr, divisor_2_ptr, output_2_ptr, parts_2, length_2, FINISH_2, PARTS_AT_ONCE_2, BLOCK_2
+            )
 
 
 def _shape(length: int) -> tuple[int, int]:
-    """(columns, parts at a time) of a program: wide rows of memory where there are enough of them to fill a GPU."""
-    return (512, 8) if length >= 512 * 128 else (64, 32)
+    """(columns, parts at a time) of a program: wide rows of memory where there are enough of them to fill a GPU.
+
+    By a segment's own length: the order of its sum must not depend on its neighbours.
+    """
+    return (512, 8) if length >= 512 * 64 else (64, 32)
 
 
 def launch_reduce_partials(*segments: Segment) -> list[Tensor]:
@@ -97,16 +105,14 @@ def launch_reduce_partials(*segments: Segment) -> list[Tensor]:
 @geometry
 def _prepared(*sizes: tuple[int, int, int]) -> Prepared | None:
     """From (parts, length, finish) of each segment; None where there is nothing to add."""
-    block, block_parts = _shape(sum(length for _, length, _ in sizes))
-    numbers, finishes, blocks = [], [], 0
-    for parts, length, finish in (*sizes, *((0, 0, 0),) * (3 - len(sizes))):
+    numbers: list[int] = []
+    options: dict[str, int] = {"SEGMENTS": len(sizes), "num_warps": 4}
+    blocks = 0
+    for index, (parts, length, finish) in enumerate((*sizes, *((0, 0, 0),) * (3 - len(sizes)))):
+        options[f"BLOCK_{index}"], options[f"PARTS_AT_ONCE_{index}"] = block, _ = _shape(length)
+        options[f"FINISH_{index}"] = finish
         numbers += [parts, length, cdiv(length, block)]
-        finishes.append(finish)
         blocks += numbers[-1]
     if not blocks:
         return None
-    return Prepared(
-        "reduce_partials", _reduce_partials_kernel, (blocks,), tuple(numbers[:-1]),
-        SEGMENTS=len(sizes), FINISH_0=finishes[0], FINISH_1=finishes[1], FINISH_2=finishes[2],
-        BLOCK_PARTS=block_parts, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    return Prepared("reduce_partials", _reduce_partials_kernel, (blocks,), tuple(numbers[:-1]), **options)

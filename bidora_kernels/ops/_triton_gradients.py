@@ -12,7 +12,8 @@ from ..kernels.weight_norm_backward import launch_weight_norm_backward
 from ..kernels.weight_norm_factors import launch_weight_norm_factors
 from ._library import as_dtype, flatten
 
-LIBRARY_RANK = 128  # from this rank on two library products replace the low-rank part of `compose_backward`
+LIBRARY_RANK = 32  # from this rank on two library products move less than the partial sums of `compose_backward`
+ADDING_RANK = 128  # from this rank on the library's product takes over the rank's share of grad_x
 
 
 def flat(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,7 +37,7 @@ def first_piece(pieces: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def add_low_rank(base: Tensor, hidden: Tensor, lora_A: Tensor) -> Tensor:
     """base + hidden @ lora_A, written over base: one kernel, at large ranks the library's product."""
-    if hidden.shape[1] < LIBRARY_RANK:
+    if hidden.shape[1] < ADDING_RANK:
         return launch_add_low_rank(base, hidden, lora_A)
     return base.addmm_(hidden, lora_A)
 

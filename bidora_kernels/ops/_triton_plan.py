@@ -31,11 +31,16 @@ def kept_dtype(
     weight: Tensor, dropped: bool, precise: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, keeps: bool,
     has_bias: bool,
 ) -> torch.dtype | None:  # fmt: skip
-    """The dtype of the base output where the backward needs it for the magnitude's gradient and y is not enough.
+    """The dtype of the base output where the backward needs it for the magnitude's gradient."""
+    return product_dtype if keeps else None
 
-    y / magnitude is, but for rows near magnitude 0, which are computed again; not with dropout, a bias, or a y of less precision.
+
+def reads_output(dropped: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, has_bias: bool) -> bool:
+    """Whether y can stand in for the base output: y / magnitude does, but for rows near magnitude 0, which are computed again.
+
+    Not with dropout, a bias, or a y of less precision.
     """
-    return product_dtype if keeps and (dropped or has_bias or product_dtype != out_dtype) else None
+    return not dropped and not has_bias and product_dtype == out_dtype
 
 
 def forward(
@@ -52,9 +57,11 @@ def forward(
     product_dtype: torch.dtype,
     out_dtype: torch.dtype,
     keeps: bool,
+    watches_output: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
     """(y [tokens, out] in `out_dtype`, norm, the base output of the low-rank branch's input where it is kept, `again`).
 
+    watches_output: the caller keeps y for the backward, and notices where it is overwritten: then y serves where it can.
     again: (c, lora_A in the product's dtype, hidden), small tensors that spare the backward four kernels.
     """
     narrow_A = None
@@ -72,11 +79,12 @@ def forward(
     base_dropped = None if x_dropped is None else product(inputs, frozen.t(), product_dtype)
     narrow_A = as_dtype(lora_A, product_dtype) if narrow_A is None else narrow_A
     hidden = torch.mm(as_dtype(inputs, product_dtype), narrow_A.t())
-    kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps, bias is not None)
-    in_place = base if (kept_as is None or x_dropped is not None) and base.dtype == out_dtype else None
+    from_output = watches_output and reads_output(x_dropped is not None, product_dtype, out_dtype, bias is not None)
+    keeps_base = keeps and not from_output
+    in_place = base if (not keeps_base or x_dropped is not None) and base.dtype == out_dtype else None
     y = launch_compose(base, hidden, lora_B, scale, scaling, bias, base_dropped, output=in_place, dtype=out_dtype)
     kept = base if x_dropped is None else base_dropped
-    return y, norm, None if kept_as is None else kept, (scale, narrow_A, hidden)
+    return y, norm, kept if keeps_base else None, (scale, narrow_A, hidden)
 
 
 def backward(
@@ -98,11 +106,12 @@ def backward(
     differentiate_norm: bool,
     product_dtype: torch.dtype,
     again: tuple[Tensor, ...] = (),
+    watched_output: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
 
-    kept: what `kept_dtype` says, or y; None where y was overwritten since. again: what the forward left under this name; without
-    it, it is computed again.
+    kept: the base output, or y where the forward had `watches_output` (`watched_output` here) and kept nothing else; None where
+    that was overwritten since. again: what the forward left under this name; without it, it is computed again.
     """
     norm = as_dtype(norm, torch.float32)
     operands = operand_dtype(x, weight, product_dtype)
@@ -114,9 +123,11 @@ def backward(
         hidden = low_rank_input(inputs, narrow_A, needs_direction or needs_magnitude)
     through_norm = needs_direction and differentiate_norm
     needs_inner, needs_sum = needs_dropped if dropped else needs_x, needs_magnitude or through_norm
-    from_output = kept_dtype(weight, dropped, False, product_dtype, grad_output.dtype, True, bias is not None) is None
-    if from_output and needs_sum and kept is None:
-        kept, from_output = product(flat(x, operands), frozen.t(), product_dtype), False
+    from_output = watched_output and reads_output(dropped, product_dtype, grad_output.dtype, bias is not None)
+    if needs_sum and kept is None:
+        kept = product(flat(x, operands), frozen.t(), product_dtype)
+        if from_output:
+            launch_compose(kept, hidden, lora_B, scale, scaling, output=kept)
     grads = layer_gradients(
         grad_output, hidden, lora_B, scale, norm, scaling,
         base=None if from_output else kept, output=kept if from_output else None,

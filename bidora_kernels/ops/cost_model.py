@@ -29,6 +29,7 @@ REACHED = {  # bytes/s, the fixed cost of a launch included, where a step reache
 }
 PEAK = {2: 780e12, 4: 45e12}  # operations/s of a library product, by bytes of its operands; fp32 without tf32
 LAUNCH = 2e-6  # seconds between two kernels inside a CUDA graph, and what a short kernel takes at least
+LIBRARY_RANK = 32  # as in _triton_gradients.py
 PLANS = ("auto", "activation", "weight")
 
 Step = tuple[str, float, float, int]
@@ -66,10 +67,11 @@ def steps(
     norms = [] if norm_known or plan == "merged" else [("norms", weight, 2.0 * out_features * in_features * r, 3)]
     merging = [] if plan == "merged" else [("merged weight", 2 * weight, 2.0 * out_features * in_features * r, 1)]
     hidden = [("x lora_A^T", x, skinny_in, 1)]
+    products = 2 * y if r >= LIBRARY_RANK else 0.0  # instead of its partial sums
     if plan == "activation":
         forward = [*norms, ("x weight^T", x + weight + y, product, 1), *hidden, ("compose", 2 * y, skinny_out, 1)]
         backward = [
-            ("compose_backward", 3 * y, 2 * skinny_out, 2),
+            ("compose_backward", 3 * y + products, 2 * skinny_out, 3),
             ("grad weight", x + weight + y, product, 1),
             ("grad_hidden lora_A", 2 * x, skinny_in, 1),
             ("grad_lora_A", x, skinny_in, 1),
@@ -80,7 +82,7 @@ def steps(
         forward = [*norms, *merging, ("x W'^T", x + weight + y, product, 1), *bias]
         backward = [
             *hidden,
-            ("compose_backward", 2 * y, 2 * skinny_out, 4),
+            ("compose_backward", 2 * y + products, 2 * skinny_out, 4),
             *merging,
             ("grad W'", x + weight + y, product, 1),
             ("grad_lora_A", x, skinny_in, 1),

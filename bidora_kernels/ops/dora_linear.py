@@ -1,9 +1,9 @@
 """y = c * (x V^T) + bias with c = magnitude / ||V||, one operator forward and one backward (DoRA, arXiv:2402.09353, eq. 5).
 
-The backward reads the magnitude's gradient off y where it can, so that nothing but x and y stays between the passes; where y
-is not enough (dropout, a 16-bit y of a precise pass) the forward returns what it needs in `kept`. `plan` says how the triton
-backend runs the layer ("activation" or "weight"); the native backend decides for itself. `merged` is the merged weight where it
-is known already; then `norm_given` is known too, and not a constant.
+The backward reads the magnitude's gradient off y where it can, so that nothing else of its size stays between the passes but x;
+where y is not enough (dropout, a 16-bit y of a precise pass, on the triton backend a bias) the forward returns what it needs in
+`kept`. `plan` says how the triton backend runs the layer ("activation" or "weight"); the native backend decides for itself.
+`merged` is the merged weight where it is known already; then `norm_given` is known too, and not a constant.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def _planned_forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
     x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
-    out_dtype: torch.dtype, keeps: bool, backend: str, plan: str, merged: Tensor | None,
+    out_dtype: torch.dtype, keeps: bool, backend: str, plan: str, merged: Tensor | None, watches_output: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:  # fmt: skip
-    """(y, the norms, what the backward needs beyond y or None, what it could compute again) by the plan of the backend."""
+    """(y, the norms, what the backward needs beyond y or None, what it could compute again) by the plan of the backend.
+
+    watches_output: the caller keeps y and notices where it is overwritten.
+    """
     implementation = _implementation(backend, plan)
     with _without_autocast(x.device.type):
         if plan == "weight":
@@ -59,7 +62,7 @@ def _planned_forward(
         else:
             y, norm, kept, again = implementation.forward(
                 x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype,
-                keeps,
+                keeps, *((True,) if watches_output and backend == "triton" else ()),
             )  # fmt: skip
     if norm is None:
         raise RuntimeError("a merged weight came without its norms")
@@ -107,7 +110,7 @@ def _planned_backward(
     grad_output: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm: Tensor,
     bias: Tensor | None, kept: Tensor | None, scaling: float, dropped: bool, needs_x: bool, needs_dropped: bool,
     needs_direction: bool, needs_magnitude: bool, differentiate_norm: bool, product_dtype: torch.dtype, backend: str,
-    plan: str, merged: Tensor | None, again: tuple[Tensor, ...] = (),
+    plan: str, merged: Tensor | None, again: tuple[Tensor, ...] = (), watched_output: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of x, x_dropped, lora_A, lora_B and magnitude in their dtypes and shapes, None for what is not needed."""
     grad_output, kept = library.flatten(grad_output), None if kept is None else library.flatten(kept)
@@ -121,7 +124,8 @@ def _planned_backward(
         else:
             grads = implementation.backward(
                 grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
-                needs_direction, needs_magnitude, differentiate_norm, product_dtype, *((again,) if again else ()),
+                needs_direction, needs_magnitude, differentiate_norm, product_dtype,
+                *((again, watched_output) if backend == "triton" else ()),
             )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
     return tuple(
@@ -192,7 +196,7 @@ def _save(
     ctx.direction, ctx.magnitude = needs[2] or needs[3], needs[4]
     ctx.differentiate_norm = not detach_norm and (norm_given is None or merged is not None)
     ctx.scaling, ctx.backend, ctx.dropped, ctx.product_dtype = scaling, backend, x_dropped is not None, product_dtype
-    ctx.output = None
+    ctx.output, ctx.watched = None, False
     if not (ctx.magnitude or (ctx.direction and ctx.differentiate_norm)):
         kept = None
     elif kept is not None:
@@ -202,7 +206,8 @@ def _save(
     # the caller may overwrite y (an activation in place): then the backward computes it again
     elif library.saves_through_hooks():
         with torch.enable_grad():
-            ctx.output = _Keep.apply(torch.empty(0, requires_grad=True), y.detach()).grad_fn
+            # a copy: hooks that keep the tensor itself would hand back what the caller has overwritten, unnoticed
+            ctx.output = _Keep.apply(torch.empty(0, requires_grad=True), y.detach().clone()).grad_fn
     else:
         ctx.output = y.detach(), y._version
     low_rank_input = x if x_dropped is None else x_dropped
@@ -235,12 +240,14 @@ def _gradients(ctx: Any, grad_output: Tensor, bypass: bool) -> tuple[Tensor | No
     """The gradients of the inputs that need one, by the operator or, where `bypass` allows it, its implementation."""
     x, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept, *again = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    if kept is None:
+        kept = _saved_output(ctx)
+        kept = None if ctx.watched and not bypass else kept  # the operator would take y for the base output
     arguments = (
-        grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, _saved_output(ctx) if kept is None else kept,
-        ctx.scaling, ctx.dropped, needs[0], needs[7], ctx.direction, ctx.magnitude, ctx.differentiate_norm, ctx.product_dtype,
-        ctx.backend, ctx.plan, merged,
+        grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, ctx.scaling, ctx.dropped, needs[0], needs[7],
+        ctx.direction, ctx.magnitude, ctx.differentiate_norm, ctx.product_dtype, ctx.backend, ctx.plan, merged,
     )  # fmt: skip
-    found = _planned_backward(*arguments, tuple(again)) if bypass else _dora_linear_backward(*arguments)
+    found = _planned_backward(*arguments, tuple(again), ctx.watched) if bypass else _dora_linear_backward(*arguments)
     grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = found
     return (
         grad_x if needs[0] else None, None, grad_A if needs[2] else None, grad_B if needs[3] else None,
@@ -263,8 +270,10 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """y, as the operator's first output."""
-        y, norm, kept, again = _planned_forward(*inputs)
+        watched = not library.saves_through_hooks()
+        y, norm, kept, again = _planned_forward(*(*inputs, watched))
         _save(ctx, inputs, y, norm, kept, again)
+        ctx.watched = watched and kept is None and ctx.backend == "triton" and ctx.plan == "activation"
         return y
 
     @staticmethod

@@ -138,7 +138,7 @@ def test_weights_of_more_than_two_to_the_31_elements() -> None:
 
 
 def test_a_pass_saves_what_it_needs() -> None:
-    """Beyond x: the base output where the magnitude trains, nothing of that size where it does not."""
+    """Beyond x, with a bias: the base output where the magnitude trains, nothing of that size where it does not."""
     layer = bk.FusedDoraLinear.from_linear(nn.Linear(2048, 2048, device="cuda", dtype=torch.bfloat16), r=16)
     layer.forced_plan = "activation"
     x = torch.randn(8192, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)

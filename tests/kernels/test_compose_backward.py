@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -55,6 +56,16 @@ def test_dropout(r: int, dtype: torch.dtype) -> None:
 def test_mixed_dtypes() -> None:
     check(make_case(65, 104, 16, torch.bfloat16, adapter_dtype=torch.float32))
     check(make_case(65, 104, 16, torch.bfloat16, base_dtype=torch.float32, hidden_dtype=torch.float32))
+
+
+def test_a_small_scaling_does_not_underflow_in_fp16() -> None:
+    """What is rounded to fp16 is c * lora_B without scaling: a low-rank product that starts near 0 keeps its gradient."""
+    case = make_case(65, 104, 16, torch.float16)
+    case = dataclasses.replace(case, lora_B=torch.randn(104, 16) * 1e-4, scaling=0.01, magnitude=case.norm.clone())
+    exact = reference_results(case.to(torch.float64)).hidden
+    got = launch(case).hidden
+    assert got is not None
+    assert (got.double() - exact).norm() < 2e-3 * exact.norm()
 
 
 def test_rank_512() -> None:

@@ -43,7 +43,7 @@ def test_rows_of_a_weight(name: str, tmp_path: Path) -> None:
 
 
 def test_tokens_of_an_activation(tmp_path: Path) -> None:
-    """Two tiles of 64 tokens: the offset of the second one needs 64 bits."""
+    """Several tiles of tokens: the offset of the last one needs 64 bits."""
     case, stride = make_case(70, 40, 3, torch.bfloat16), 2**25
     base, grad = far_rows(case.base, stride, tmp_path / "base"), far_rows(case.grad_output, stride, tmp_path / "grad")
     scale = case.magnitude / case.norm.clamp_min(1e-3)

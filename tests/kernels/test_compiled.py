@@ -126,7 +126,7 @@ def test_no_spills_and_no_float_atomics_elsewhere(name: str, architecture: int) 
         report = nvidia_report(launch, architecture)
         assert report.spills == 0, (launch.name, str(report))
         assert not report.float_atomics
-        if launch.name not in ("reduce_partials", "row_scale"):
+        if launch.name not in ("pieces", "reduce_partials", "row_scale"):  # these multiply no matrices
             assert report.load_bits.get(128, 0) > 0, str(report)
 
 
@@ -152,7 +152,7 @@ def test_every_tile_for_gfx942(name: str, r: int, dtypes: tuple[torch.dtype, tor
         assert report.scratch == 0, (launch.name, report)
         assert not report.float_atomics
         assert report.shared <= 64 * 1024, (launch.name, report)
-        if launch.name not in ("reduce_partials", "row_scale"):
+        if launch.name not in ("pieces", "reduce_partials", "row_scale"):  # these multiply no matrices
             assert report.tensor_core, launch.name
             # tiles of 32 x 32 and less leave a lane of 64 too little for 128 bits
             small = launch.name == "magnitude_gradient" or launch.options.get("CANCELLING")

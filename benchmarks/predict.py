@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from bidora_kernels.ops.cost_model import LIBRARY_RANK
+
 from .cases import OperationCase
 from .operations import bytes_counted, operations_counted
 
@@ -166,7 +168,7 @@ def native(s: Shape) -> Plan:
 def triton_activation_plan(s: Shape) -> Plan:
     """Triton: norm, product, h, compose; one pass for g and the partial sums of dh, dB, dm, then two products and dA."""
     rank, tiles = max(16, s.r), -(-s.out // 128)
-    few = s.r < 32  # beyond it two library products read dy again instead
+    few = s.r < LIBRARY_RANK  # beyond it two library products read dy again instead
     partials = 4.0 * s.r * (tiles * s.tokens + 8 * s.out) if few else 2.0 * s.size * s.tokens * s.out
     norm = Kernel("norm", s.size * s.out * s.inner, 2.0 * s.out * s.inner * rank)
     compose = Kernel("compose", s.size * 2.0 * s.tokens * s.out, 2.0 * s.tokens * s.out * rank)

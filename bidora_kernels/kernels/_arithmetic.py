@@ -39,9 +39,16 @@ def bf16_pieces(x):
 
 
 @triton.jit
-def dot_pieces(b_1, b_2, b_3, a_1, a_2, a_3, zero, PRECISION: tl.constexpr):
-    """b @ a in fp32 from their pieces, small terms first; what is left out lies 2^-24 below the largest."""
-    product = dot(b_3, a_1, zero, PRECISION)
+def pieces_tile(
+    b_1, b_2, b_3, pieces_ptr, rank, col, col_ok, r, stride_piece, stride_rank,
+    PRECISION: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):  # fmt: skip
+    """(lora_B @ lora_A)[rows of b, col] in fp32 from the pieces of both, small terms first; 2^-24 of the largest is left out."""
+    mask = (rank < r)[:, None] & col_ok[None, :]
+    at = pieces_ptr + rank[:, None] * stride_rank + col[None, :]
+    a_1, a_2 = tl.load(at, mask, 0.0), tl.load(at + stride_piece, mask, 0.0)
+    a_3 = tl.load(at + 2 * stride_piece, mask, 0.0)
+    product = dot(b_3, a_1, tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32), PRECISION)
     product = dot(b_1, a_3, product, PRECISION)
     product = dot(b_2, a_2, product, PRECISION)
     product = dot(b_2, a_1, product, PRECISION)

@@ -16,8 +16,8 @@ from .tiles import Tile, any_forced, tile_for
 LAUNCHES: collections.Counter[str] = collections.Counter()  # launches per kernel in this process
 
 
-# (a compiled kernel, the values of its compile-time parameters, the kernel) by everything that Triton would compile it anew for
-_COMPILED: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
+Compiled = tuple[Any, tuple[Any, ...], Any]  # a compiled kernel, the values of its compile-time parameters, the kernel
+_COMPILED: dict[tuple[Any, ...], Compiled] = {}  # by everything that Triton would compile it anew for
 _INT32 = 31
 
 
@@ -38,35 +38,39 @@ def compiled_for(args: Sequence[Any]) -> list[Any]:
     return found
 
 
-def run(name: str, kernel: Any, grid: tuple[int, ...], anchor: Tensor, *args: Any, **options: Any) -> None:
+def run(name: str, kernel: Any, grid: tuple[int, ...], anchor: Tensor, *args: Any, **options: Any) -> Compiled | None:
     """Launch a kernel on the device of `anchor` and count it under `name`; the keywords are its compile-time parameters.
 
     A second launch with arguments of the same kind goes past Triton's own look at them, which takes longer than most kernels.
+    Returns what such launches take, or None where there is nothing to go past.
     """
     LAUNCHES[name] += 1
     if not anchor.is_cuda or torch.version.hip is not None:  # AMD's kernels also depend on the sizes of tensors
         guard = torch.cuda.device(anchor.device) if anchor.is_cuda else contextlib.nullcontext()
         with guard:
             kernel[grid](*args, enable_fp_fusion=True, **options)
-        return
+        return None
     if (index := anchor.get_device()) == torch.cuda.current_device():
-        _launch_compiled(kernel, index, grid, args, options)
-    else:
-        with torch.cuda.device(index):
-            _launch_compiled(kernel, index, grid, args, options)
+        return _launch_compiled(kernel, index, grid, args, options)
+    with torch.cuda.device(index):
+        return _launch_compiled(kernel, index, grid, args, options)
 
 
-def _launch_compiled(kernel: Any, index: int, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _launch_compiled(
+    kernel: Any, index: int, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> Compiled | None:
     key = (id(kernel), index, *options.items(), *compiled_for(args))
     ready = _COMPILED.get(key)
-    if ready is None:
-        compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
-        if compiled is not None:
-            constants = tuple(options[parameter] for parameter in kernel.arg_names[len(args) :])
-            _COMPILED[key] = (compiled.result() if hasattr(compiled, "result") else compiled), constants, kernel
-        return
-    compiled, constants, _ = ready
-    compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    if ready is not None:
+        compiled, constants, _ = ready
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        return ready
+    compiled = kernel[grid](*args, enable_fp_fusion=True, **options)
+    if compiled is None:
+        return None
+    constants = tuple(options[parameter] for parameter in kernel.arg_names[len(args) :])
+    _COMPILED[key] = ready = (compiled.result() if hasattr(compiled, "result") else compiled), constants, kernel
+    return ready
 
 
 class Prepared:
@@ -98,10 +102,9 @@ class Prepared:
             launch, tail = ready
             launch(*tensors, *tail)
             return
-        run(self.name, self.kernel, self.grid, anchor, *tensors, *self.numbers, **self.options)
-        known = _COMPILED.get((id(self.kernel), index, *self.options.items(), *compiled_for((*tensors, *self.numbers))))
-        if known is not None:
-            compiled, constants, _ = known
+        launched = run(self.name, self.kernel, self.grid, anchor, *tensors, *self.numbers, **self.options)
+        if launched is not None:
+            compiled, constants, _ = launched
             self._ready[key] = compiled[(*self.grid, 1, 1)[:3]], (*self.numbers, *constants)
 
 

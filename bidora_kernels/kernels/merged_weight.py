@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arithmetic import bf16_pieces, dot, dot_pieces, inverse_norm, low_rank_tile, round_to, row_scale
+from ._arithmetic import bf16_pieces, dot, inverse_norm, low_rank_tile, pieces_tile, round_to, row_scale
 from ._launch import Prepared, architecture_of, cdiv, geometry, precision, rows, splits_for
 from .pieces import launch_pieces
 from .tiles import tile_for
@@ -75,12 +75,9 @@ def _merged_weight_kernel(
         mask = row_ok[:, None] & col_ok[None, :]
         w = tl.load(weight_ptr + row[:, None] * stride_weight_out + col[None, :] * stride_weight_in, mask=mask, other=0.0)
         if PIECES:
-            a_mask = (rank < r)[:, None] & col_ok[None, :]
-            a_tile = lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :]
-            a_1, a_2 = tl.load(a_tile, a_mask, 0.0), tl.load(a_tile + stride_piece, a_mask, 0.0)
-            a_3 = tl.load(a_tile + 2 * stride_piece, a_mask, 0.0)
-            zero = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-            low_rank = dot_pieces(b_1, b_2, b_3, a_1, a_2, a_3, zero, PRECISION)
+            low_rank = pieces_tile(
+                b_1, b_2, b_3, lora_A_ptr, rank, col, col_ok, r, stride_piece, stride_lora_A, PRECISION, BLOCK_OUT, BLOCK_IN
+            )
         elif ONE_TILE_OF_B:
             a = tl.load(lora_A_ptr + rank[:, None] * stride_lora_A + col[None, :], (rank < r)[:, None] & col_ok[None, :], 0.0)
             low_rank = dot(b, a, tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32), PRECISION)

@@ -156,8 +156,9 @@ def forward(
     product_dtype: torch.dtype,
     out_dtype: torch.dtype,
     keeps: bool,
+    watches_output: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """(y [tokens, out] in `out_dtype`, norm, what the backward needs beyond y or None)."""
+    """(y [tokens, out] in `out_dtype`, norm, what the backward needs beyond y or None, () as nothing is left to use again)."""
     x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
     dtype = reference.norm_dtype(weight)
     few = x_dropped is None and takes_few_tokens(x.shape[0], weight, dtype, norm_known)
@@ -207,6 +208,8 @@ def backward(
     needs_magnitude: bool,
     differentiate_norm: bool,
     product_dtype: torch.dtype,
+    again: tuple[Tensor, ...] = (),
+    watched_output: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
 

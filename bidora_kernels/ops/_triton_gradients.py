@@ -11,8 +11,8 @@ from ..kernels.direction_backward import inverse_norms
 from ..kernels.weight_norm_backward import launch_weight_norm_backward
 from ..kernels.weight_norm_factors import launch_weight_norm_factors
 from ._library import as_dtype, flatten
+from .cost_model import LIBRARY_RANK
 
-LIBRARY_RANK = 32  # from this rank on two library products move less than the partial sums of `compose_backward`
 ADDING_RANK = 128  # from this rank on the library's product takes over the rank's share of grad_x
 
 
@@ -30,9 +30,9 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
-def first_piece(pieces: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """lora_A in a dtype, where the pieces that its norms were computed from hold it."""
-    return pieces[0] if pieces is not None and dtype == torch.bfloat16 else None
+def narrow_factor(lora_A: Tensor, pieces: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """lora_A in a dtype; in bf16 it is the first of its pieces, where there are such."""
+    return pieces[0] if pieces is not None and dtype == torch.bfloat16 else as_dtype(lora_A, dtype)
 
 
 def add_low_rank(base: Tensor, hidden: Tensor, lora_A: Tensor) -> Tensor:
@@ -92,11 +92,11 @@ def layer_gradients(
     return ComposeGradients(rest.base, grad_hidden, grad_B, rest.magnitude)
 
 
-def low_rank_input(inputs: Tensor, lora_A: Tensor, needed: bool) -> Tensor:
-    """x @ lora_A^T, computed again; where nobody reads it, a tensor of its shape."""
+def low_rank_input(inputs: Tensor, lora_A: Tensor, needed: bool, pieces: Tensor | None = None) -> Tensor:
+    """x @ lora_A^T, computed again; where nobody reads it, a tensor of its shape. pieces: those of lora_A, where at hand."""
     if not needed:
         return inputs.new_empty(inputs.shape[0], lora_A.shape[0])
-    return torch.mm(inputs, as_dtype(lora_A, inputs.dtype).t())
+    return torch.mm(inputs, narrow_factor(lora_A, pieces, inputs.dtype).t())
 
 
 def parameter_gradients(

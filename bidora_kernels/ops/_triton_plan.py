@@ -17,10 +17,10 @@ from ..kernels.weight_norm import launch_row_scale, launch_weight_norm_and_scale
 from ._library import as_dtype
 from ._triton_gradients import (
     add_low_rank,
-    first_piece,
     flat,
     layer_gradients,
     low_rank_input,
+    narrow_factor,
     operand_dtype,
     parameter_gradients,
     product,
@@ -35,7 +35,7 @@ def kept_dtype(
     return product_dtype if keeps else None
 
 
-def reads_output(dropped: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, has_bias: bool) -> bool:
+def output_serves(dropped: bool, product_dtype: torch.dtype, out_dtype: torch.dtype, has_bias: bool) -> bool:
     """Whether y can stand in for the base output: y / magnitude does, but for rows near magnitude 0, which are computed again.
 
     Not with dropout, a bias, or a y of less precision.
@@ -64,11 +64,10 @@ def forward(
     watches_output: the caller keeps y for the backward, and notices where it is overwritten: then y serves where it can.
     again: (c, lora_A in the product's dtype, hidden), small tensors that spare the backward four kernels.
     """
-    narrow_A = None
+    pieces = None
     if norm is None:
         pieces = launch_pieces(lora_A, lora_B)
         norm, scale = launch_weight_norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, pieces)
-        narrow_A = first_piece(pieces, product_dtype)
     else:
         norm = as_dtype(norm, torch.float32)
         scale = launch_row_scale(magnitude, norm)
@@ -77,9 +76,9 @@ def forward(
     base = product(flat(x, operands), frozen.t(), product_dtype)
     inputs = flat(x if x_dropped is None else x_dropped, operands)
     base_dropped = None if x_dropped is None else product(inputs, frozen.t(), product_dtype)
-    narrow_A = as_dtype(lora_A, product_dtype) if narrow_A is None else narrow_A
+    narrow_A = narrow_factor(lora_A, pieces, product_dtype)
     hidden = torch.mm(as_dtype(inputs, product_dtype), narrow_A.t())
-    from_output = watches_output and reads_output(x_dropped is not None, product_dtype, out_dtype, bias is not None)
+    from_output = watches_output and output_serves(x_dropped is not None, product_dtype, out_dtype, bias is not None)
     keeps_base = keeps and not from_output
     in_place = base if (not keeps_base or x_dropped is not None) and base.dtype == out_dtype else None
     y = launch_compose(base, hidden, lora_B, scale, scaling, bias, base_dropped, output=in_place, dtype=out_dtype)
@@ -123,7 +122,7 @@ def backward(
         hidden = low_rank_input(inputs, narrow_A, needs_direction or needs_magnitude)
     through_norm = needs_direction and differentiate_norm
     needs_inner, needs_sum = needs_dropped if dropped else needs_x, needs_magnitude or through_norm
-    from_output = watched_output and reads_output(dropped, product_dtype, grad_output.dtype, bias is not None)
+    from_output = watched_output and output_serves(dropped, product_dtype, grad_output.dtype, bias is not None)
     if needs_sum and kept is None:
         kept = product(flat(x, operands), frozen.t(), product_dtype)
         if from_output:

@@ -15,7 +15,7 @@ from ..kernels.merged_weight import launch_merged_weight
 from ..kernels.pieces import launch_pieces
 from ..kernels.weight_norm import launch_row_scale
 from ._library import as_dtype
-from ._triton_gradients import first_piece, flat, layer_gradients, low_rank_input, parameter_gradients
+from ._triton_gradients import flat, layer_gradients, low_rank_input, parameter_gradients
 
 DITHER_SEED = 0x5EED
 
@@ -111,8 +111,7 @@ def backward(
     grad_x = torch.mm(as_dtype(grad_output, product_dtype), merged) if needs_x and merged is not None else None
     if not (needs_direction or needs_sum):
         return grad_x, None, None, None, None
-    narrow_A = first_piece(pieces, product_dtype)
-    hidden = low_rank_input(inputs, lora_A if narrow_A is None else narrow_A, needs_direction)
+    hidden = low_rank_input(inputs, lora_A, needs_direction, pieces)
     grads = layer_gradients(
         grad_output, hidden, lora_B, scale, norm, scaling,
         output=kept, magnitude=magnitude, needs_base=False, needs_hidden=needs_direction, needs_lora_B=needs_direction,

@@ -29,7 +29,7 @@ REACHED = {  # bytes/s, the fixed cost of a launch included, where a step reache
 }
 PEAK = {2: 780e12, 4: 45e12}  # operations/s of a library product, by bytes of its operands; fp32 without tf32
 LAUNCH = 2e-6  # seconds between two kernels inside a CUDA graph, and what a short kernel takes at least
-LIBRARY_RANK = 32  # as in _triton_gradients.py
+LIBRARY_RANK = 32  # from this rank on two library products move less than the partial sums of `compose_backward`
 PLANS = ("auto", "activation", "weight")
 
 Step = tuple[str, float, float, int]

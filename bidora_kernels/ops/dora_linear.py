@@ -62,7 +62,7 @@ def _planned_forward(
         else:
             y, norm, kept, again = implementation.forward(
                 x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, precise, product_dtype, out_dtype,
-                keeps, *((True,) if watches_output and backend == "triton" else ()),
+                keeps, watches_output,
             )  # fmt: skip
     if norm is None:
         raise RuntimeError("a merged weight came without its norms")
@@ -124,8 +124,7 @@ def _planned_backward(
         else:
             grads = implementation.backward(
                 grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
-                needs_direction, needs_magnitude, differentiate_norm, product_dtype,
-                *((again, watched_output) if backend == "triton" else ()),
+                needs_direction, needs_magnitude, differentiate_norm, product_dtype, again, watched_output,
             )  # fmt: skip
     like = (x, x, lora_A, lora_B, magnitude)
     return tuple(

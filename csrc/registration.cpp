@@ -23,6 +23,7 @@ using torch::stable::Tensor;
 
 constexpr double kNormFloor = 1e-18;
 constexpr int64_t kBlockElements = 98304;       // of x and g that a core's cache holds beside the factors and their sums
+constexpr int64_t kTile = 16;                   // rows that a transposition takes together
 constexpr int64_t kPartialBytes = int64_t(4) << 20;  // of a backward's partial sums, at most
 
 Dtype dtype_of(const Tensor& t, const char* name) {
@@ -192,8 +193,9 @@ int64_t adapter_gradients_of(
   Buffer<T> scaled_B, padded_bias;
   if (direction) {
     scaled_B = buffer<T>(std::max<int64_t>(1, r * n));
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < r; ++j) scaled_B[j * n + i] = scale[i] * b[i * r + j];
+    for (int64_t start = 0; start < n; start += kTile)
+      for (int64_t j = 0; j < r; ++j)
+        for (int64_t i = start, stop = std::min(n, start + kTile); i < stop; ++i) scaled_B[j * n + i] = scale[i] * b[i * r + j];
     args.scaled_B = scaled_B.get();
   }
   if (offset != nullptr) {
@@ -216,37 +218,52 @@ int64_t adapter_gradients_of(
       k.gradient_tokens(args, tokens * part / parts, tokens * (part + 1) / parts, to, own.get());
     }
   });
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < size; ++i) partial[i] += partial[part * size + i];
-  const T* sums = partial.get();
+  // the parts are summed in their order, and from there to the results, a tile at a time
+  const auto sum = [&](int64_t at, int64_t count, T* to) {
+    std::copy(partial.get() + at, partial.get() + at + count, to);
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < count; ++i) to[i] += partial[part * size + at + i];
+  };
   if (direction) {
-    for (int64_t j = 0; j < r; ++j)
-      for (int64_t c = 0; c < in; ++c) to_A[j * in + c] = T(scaling) * sums[j * padded_in + c];
-    sums += r * padded_in;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < r; ++j) to_B[i * r + j] = T(scaling) * scale[i] * sums[j * padded_out + i];
-    sums += r * padded_out;
-  }
-  const T *grad_scale_sum = sums, *square_sum = sums + padded_out;
-  int64_t doubtful_count = 0;
-  if (with_magnitude) {
-    for (int64_t i = 0; i < n; ++i) {
-      const bool fixed = !(norms[i] >= T(kNormFloor));
-      if (from_updated) {  // y is V x itself
-        flags[i] = false;
-        to_m[i] = fixed ? T(0) : grad_scale_sum[i] / norms[i];
-        continue;
+    torch::stable::parallel_for(0, in, grain(r * parts), [&](int64_t begin, int64_t end) {
+      for (int64_t j = 0; j < r; ++j) {
+        sum(j * padded_in + begin, end - begin, to_A + j * in + begin);
+        for (int64_t c = begin; c < end; ++c) to_A[j * in + c] *= T(scaling);
       }
-      // y - bias lost the digits of c u where the bias is the larger part; near m = 0 it is not divisible by m
-      const double shift = offset ? double(offset[i]) : 0.0;
-      const bool lost = shift * shift * double(tokens) > doubtful_ratio * doubtful_ratio * double(square_sum[i]);
-      const bool tiny = !(std::abs(double(m[i])) >= kNormFloor * std::max(1.0, double(norms[i])));
-      flags[i] = !fixed && (tiny || (shift != 0.0 && lost));
-      doubtful_count += flags[i];
-      to_m[i] = fixed || tiny ? T(0) : grad_scale_sum[i] / m[i];
-    }
+    });
   }
-  return doubtful_count;
+  const int64_t after_A = direction ? r * padded_in : 0, after_B = after_A + (direction ? r * padded_out : 0);
+  std::atomic<int64_t> doubtful_count{0};
+  torch::stable::parallel_for(0, n, grain(((direction ? r : 0) + 2) * parts), [&](int64_t begin, int64_t end) {
+    for (int64_t start = begin; start < end; start += kTile) {
+      const int64_t count = std::min(end - start, kTile);
+      T tile[kTile], squares[kTile];
+      for (int64_t j = 0; direction && j < r; ++j) {
+        sum(after_A + j * padded_out + start, count, tile);
+        for (int64_t i = 0; i < count; ++i) to_B[(start + i) * r + j] = T(scaling) * scale[start + i] * tile[i];
+      }
+      if (!with_magnitude) continue;
+      sum(after_B + start, count, tile);
+      sum(after_B + padded_out + start, count, squares);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t i = start + k;
+        const bool fixed = !(norms[i] >= T(kNormFloor));
+        if (from_updated) {  // y is V x itself
+          flags[i] = false;
+          to_m[i] = fixed ? T(0) : tile[k] / norms[i];
+          continue;
+        }
+        // y - bias lost the digits of c u where the bias is the larger part; near m = 0 it is not divisible by m
+        const double shift = offset ? double(offset[i]) : 0.0;
+        const bool lost = shift * shift * double(tokens) > doubtful_ratio * doubtful_ratio * double(squares[k]);
+        const bool tiny = !(std::abs(double(m[i])) >= kNormFloor * std::max(1.0, double(norms[i])));
+        flags[i] = !fixed && (tiny || (shift != 0.0 && lost));
+        to_m[i] = fixed || tiny ? T(0) : tile[k] / m[i];
+        if (flags[i]) ++doubtful_count;
+      }
+    }
+  });
+  return doubtful_count.load();
 }
 
 int64_t adapter_gradients(

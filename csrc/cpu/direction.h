@@ -26,7 +26,8 @@ BIDORA_INLINE void updated_rows(const DirectionArgs<T>& a, int64_t row, int64_t 
   w.weight = a.weight, w.panels = a.panels, w.in_features = a.in_features, w.r = a.r;
   const T* in[ROWS];
   for (int i = 0; i < ROWS; ++i) in[i] = row_as(a.weight, row + i, a.in_features, converted + i * padded);
-  each_panel<T, ROWS>(w, in, nullptr, a.lora_B + row * a.r, a.r, [&](int64_t p, Vector<T>(&acc)[ROWS][2]) {
+  const Left<T, ROWS, 0> left(a.lora_B + row * a.r, a.r);
+  each_panel<T, ROWS, 0>(w, row, in, nullptr, left, [&](int64_t p, Vector<T>(&acc)[ROWS][2]) {
     for (int i = 0; i < ROWS; ++i) {
       store(updated + i * padded + p * kPanel<T>, acc[i][0]);
       store(updated + i * padded + p * kPanel<T> + kLanes<T>, acc[i][1]);

@@ -30,14 +30,27 @@ BIDORA_INLINE Rows<T> block_of(const Matrix& m, int64_t token, int64_t count, in
 // out[j][t] = <block[t], right[j]>
 template <typename T>
 BIDORA_INLINE void project(const Rows<T>& block, int64_t count, const T* right, int64_t columns, int64_t r, T* out) {
+  constexpr int kRows = BIDORA_VECTOR_BYTES == 64 ? 4 : 2;  // 16 registers hold the sums of two rows and four columns, 32 of four
   int64_t t = 0;
-  for (; t + 2 <= count; t += 2) {
-    const T* rows[2] = {block.at(t, 0), block.at(t + 1, 0)};
-    dots<T, 2>(rows, right, columns, r, columns, out + t, kBlock);
+  for (; t + kRows <= count; t += kRows) {
+    const T* rows[kRows];
+    for (int i = 0; i < kRows; ++i) rows[i] = block.at(t + i, 0);
+    dots<T, kRows>(rows, right, columns, r, columns, out + t, kBlock);
   }
   for (; t < count; ++t) {
     const T* rows[1] = {block.at(t, 0)};
     dots<T, 1>(rows, right, columns, r, columns, out + t, kBlock);
+  }
+}
+
+// Requests one panel of the `count` rows from `token` on of a matrix that is about to be read, for the L2 cache
+template <typename T>
+BIDORA_INLINE void request_panel(const Matrix& m, int64_t token, int64_t count, int64_t column) {
+  const int64_t size = bytes_of(m.dtype), step = m.stride * size;
+  const char* at = static_cast<const char*>(m.data) + token * step + column * size;
+  for (int64_t t = 0; t < count; ++t, at += step) {
+    __builtin_prefetch(at, 0, 2);
+    if (BIDORA_VECTOR_BYTES == 64 && m.dtype == kOwnDtype<T>) __builtin_prefetch(at + 64, 0, 2);
   }
 }
 
@@ -101,11 +114,18 @@ static void gradient_tokens(const GradientArgs<T>& a, int64_t begin, int64_t end
       const Rows<T> x = block_of(a.x, token, count, a.in_features, own_x);
       project(x, count, a.lora_A, a.in_features, a.r, hidden);
       project(g, count, a.scaled_B, a.out_features, a.r, projected);
-      for (int64_t first = 0; first < in; first += kPanel<T>) add_ranks(x.at(0, first), x.stride, count, projected, a.r, grad_A + first, in);
-    }
-    if (direction)
-      for (int64_t first = 0; first < out; first += kPanel<T>)
+      // memory works while these sums are formed: on the next block of x and of g, and on this block's y
+      const int64_t after = token + count, more = end - after < count ? end - after : count;
+      for (int64_t first = 0; first < in; first += kPanel<T>) {
+        request_panel<T>(a.x, after, more, first);
+        add_ranks(x.at(0, first), x.stride, count, projected, a.r, grad_A + first, in);
+      }
+      for (int64_t first = 0; first < out; first += kPanel<T>) {
+        if (a.y.data) request_panel<T>(a.y, token, count, first);
+        request_panel<T>(a.g, after, more, first);
         add_ranks(g.at(0, first), g.stride, count, hidden, a.r, grad_B + first, out);
+      }
+    }
     if (a.y.data) {
       const Rows<T> y = block_of(a.y, token, count, a.out_features, own_y);
       for (int64_t c = 0; c < 2 * out; ++c) sums[c] = T(0);

@@ -13,6 +13,7 @@ namespace bidora {
 namespace BIDORA_ISA {
 
 #define BIDORA_INLINE static inline __attribute__((always_inline))
+#define BIDORA_INLINE_MEMBER inline __attribute__((always_inline))
 
 template <typename T>
 struct VectorOf;

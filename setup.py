@@ -68,7 +68,8 @@ class BuildNative(build_ext):
             defines = [f"-DBIDORA_ISA={name}", f"-DBIDORA_VECTOR_BYTES={width}"]
             compile_("csrc/cpu/table.cpp", name, [*defines, *flags])
         compile_("csrc/cpu/dispatch.cpp", "any", ["-DBIDORA_HAS_X86_LEVELS"] if x86 else [])
-        compile_("csrc/registration.cpp", "any", headers)
+        for source in ("csrc/layer.cpp", "csrc/registration.cpp"):
+            compile_(source, "any", headers)
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[str(library)], extra_postargs=extra
         )
@@ -84,7 +85,7 @@ def options() -> dict[str, object]:
     if reason is not None:
         print(f"bidora-kernels installs without its native CPU library: {reason}")
         return {}
-    extension = Extension("bidora_kernels._native", sources=["csrc/registration.cpp"])
+    extension = Extension("bidora_kernels._native", sources=["csrc/registration.cpp", "csrc/layer.cpp"])
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 

@@ -80,14 +80,15 @@ def dora_linear(
         checks.check_shape("x_dropped", x_dropped, tuple(x.shape))
         checks.check_input("x_dropped", x_dropped, weight)
     mode = current_mode()
-    mode.saw(reference.matmul_dtype(x, weight, mode.precise))
+    product_dtype = reference.matmul_dtype(x, weight, mode.precise)
+    mode.saw(product_dtype)
     if mode.differentiate_norm is not None:
         detach_norm = not mode.differentiate_norm
     factors = lora_A, lora_B
     lora_A, lora_B, magnitude = _needed(mode, lora_A, lora_B, magnitude)
     weight = _frozen(weight)
     bias = None if bias is None else _frozen(bias)
-    backend, norm_known = _serving(x.device.type, (x, lora_A, lora_B, magnitude), weight, x), norm is not None
+    backend, norm_known = _serving(mode, x.device.type, (x, lora_A, lora_B, magnitude), weight, x), norm is not None
     if mode.point is not None and detach_norm and not norm_known and not _norm_is_free(backend, x, weight, x_dropped):
         norm = _norm_at(mode.point, stored, *factors, scaling)
     may_choose = backend == "triton" and x_dropped is None and not mode.precise
@@ -108,8 +109,9 @@ def dora_linear(
             x, stored, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend, chosen
         )
     return _dora_linear.dora_linear(
-        x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, backend, chosen, merged
-    )
+        x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, product_dtype, backend,
+        chosen, merged,
+    )  # fmt: skip
 
 
 def _norm_is_free(backend: str, x: Tensor, weight: Tensor, x_dropped: Tensor | None) -> bool:
@@ -222,9 +224,11 @@ def _unserved(weight: Tensor) -> str | None:
     return None
 
 
-def _serving(device_type: str, differentiable: tuple[Tensor, ...], weight: Tensor, x: Tensor | None = None) -> str:
+def _serving(
+    mode: PassMode, device_type: str, differentiable: tuple[Tensor, ...], weight: Tensor, x: Tensor | None = None
+) -> str:
     """The backend that takes this call. `auto` leaves to the reference what the others do not serve; a named one raises."""
-    backend = _backend.resolve(device_type)
+    backend = _backend.backend_under(mode, device_type)
     if backend == "reference":
         return backend
     reason = None
@@ -266,7 +270,7 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     checks.check_direction(_quantized.stand_in(weight), lora_A, lora_B)
     if _quantized.format_of(weight) is not None:
         return _quantized.by_rows(lambda w, a, b: weight_norm(w, a, b, scaling), weight, lora_A, lora_B)
-    weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
+    weight, backend = _frozen(weight), _serving(current_mode(), weight.device.type, (lora_A, lora_B), weight=weight)
     if backend == "reference":
         return reference.weight_norm(weight, lora_A, lora_B, scaling)
     return _weight_norm.weight_norm(weight, lora_A, lora_B, scaling, backend)
@@ -286,7 +290,7 @@ def weight_norms(weight: Tensor, sets: Sequence[tuple[Tensor, Tensor]], scaling:
         raise ValueError(
             f"sets must share one rank and one dtype, got ranks {sorted(ranks)} and dtypes {sorted(map(str, dtypes))}"
         )
-    backend = _serving(weight.device.type, sets[0], weight=_quantized.stand_in(weight))
+    backend = _serving(current_mode(), weight.device.type, sets[0], weight=_quantized.stand_in(weight))
     if backend == "reference" or _quantized.format_of(weight) is not None:
         with torch.no_grad():
             return torch.stack([weight_norm(weight, lora_A, lora_B, scaling) for lora_A, lora_B in sets])
@@ -301,7 +305,7 @@ def normalized_direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling
     checks.check_direction(_quantized.stand_in(weight), lora_A, lora_B)
     if _quantized.format_of(weight) is not None:
         return _quantized.by_rows(lambda w, a, b: normalized_direction(w, a, b, scaling), weight, lora_A, lora_B)
-    weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
+    weight, backend = _frozen(weight), _serving(current_mode(), weight.device.type, (lora_A, lora_B), weight=weight)
     if backend == "reference":
         return reference.normalized_direction(weight, lora_A, lora_B, scaling)
     return _merged_weight.normalized_direction(weight, lora_A, lora_B, scaling, backend)
@@ -316,7 +320,7 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Ten
     checks.check_row_vector("magnitude", magnitude, _quantized.stand_in(weight))
     if _quantized.format_of(weight) is not None:
         return _quantized.by_rows(lambda w, a, b, m: merged_weight(w, a, b, m, scaling), weight, lora_A, lora_B, magnitude)
-    weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B, magnitude), weight=weight)
+    weight, backend = _frozen(weight), _serving(current_mode(), weight.device.type, (lora_A, lora_B, magnitude), weight=weight)
     if backend == "reference":
         return reference.merged_weight(weight, lora_A, lora_B, magnitude, scaling)
     return _merged_weight.merged_weight(weight, lora_A, lora_B, magnitude, scaling, backend)
@@ -340,7 +344,7 @@ def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     """
     weight = _quantized.dequantized(weight)
     checks.check_direction(weight, lora_A, lora_B)
-    weight, backend = _frozen(weight), _serving(weight.device.type, (lora_A, lora_B), weight=weight)
+    weight, backend = _frozen(weight), _serving(current_mode(), weight.device.type, (lora_A, lora_B), weight=weight)
     if pairs := _orthogonality.probes_for(weight, probes):
         return _orthogonality.estimated_penalty(weight, lora_A, lora_B, scaling, pairs, backend)
     if backend == "reference":

@@ -79,6 +79,52 @@ def merged_weight(
     )
 
 
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    merged: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(x W'^T + bias [..., out], the norms [out]) with W' = magnitude * V / ||V||, which is written to `merged`.
+
+    x [..., in] has the dtype of `merged`: the norms' or bf16, to which W' is then rounded with a fixed dither. `merged` has the
+    weight's orientation.
+    """
+    return torch.ops.bidora_native.dora_linear.default(  # type: ignore[no-any-return]
+        x, stored(weight), lora_A, lora_B, magnitude, bias, scaling, merged
+    )
+
+
+def dora_linear_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    output: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    merged: Tensor | None,
+    needs_direction: bool,
+    doubtful_ratio: float = DOUBTFUL_RATIO,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_x, grad_lora_A, grad_lora_B, grad_magnitude, doubtful rows where there are some) of `dora_linear`.
+
+    `output` is its y: without it there is no magnitude's gradient. `merged`: memory for W', in dy's dtype; without it there is no
+    grad_x. Doubtful rows are those of `adapter_gradients`.
+    """
+    return torch.ops.bidora_native.dora_linear_backward.default(  # type: ignore[no-any-return]
+        grad_output, x, output, stored(weight), lora_A, lora_B, magnitude, norm, bias, scaling, merged, needs_direction,
+        doubtful_ratio,
+    )  # fmt: skip
+
+
 def adapter_gradients(
     x: Tensor,
     grad_output: Tensor,

@@ -81,7 +81,7 @@ def matmul_dtype(x: Tensor, weight: Tensor, precise: bool = False) -> torch.dtyp
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     else:
-        dtype = torch.promote_types(x.dtype, weight.dtype)
+        dtype = x.dtype if x.dtype is weight.dtype else torch.promote_types(x.dtype, weight.dtype)
     return torch.promote_types(dtype, torch.float32) if precise else dtype
 
 

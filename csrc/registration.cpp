@@ -1,91 +1,16 @@
 // The library's operators as torch sees them: schemas, checks before any memory is touched, and the parallel loops.
 // Everything goes through LibTorch's stable ABI, so one build serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <memory>
-#include <new>
-#include <optional>
 #include <string>
 #include <thread>
 
-#include "cpu/kernels.h"
+#include "operations.h"
+#include "tensors.h"
 
 namespace bidora {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr double kNormFloor = 1e-18;
-constexpr int64_t kBlockElements = 98304;       // of x and g that a core's cache holds beside the factors and their sums
-constexpr int64_t kTile = 16;                   // rows that a transposition takes together
-constexpr int64_t kPartialBytes = int64_t(4) << 20;  // of a backward's partial sums, at most
-
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return Dtype::f64;
-    case ScalarType::Float: return Dtype::f32;
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::f16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, name, " must be fp64, fp32, bf16 or fp16");
-  return Dtype::f32;
-}
-
-void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, " must be on cpu"); }
-
-// [rows, columns] with contiguous rows
-Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
-  check_cpu(t, name);
-  STD_TORCH_CHECK(
-      t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [", rows, ", ", columns, "], got a tensor of ",
-      t.dim(), " dimensions and ", t.numel(), " elements");
-  STD_TORCH_CHECK(columns <= 1 || t.stride(1) == 1, name, " must have contiguous rows, got stride ", t.stride(1));
-  STD_TORCH_CHECK(rows <= 1 || t.stride(0) >= columns, name, " must have rows that do not overlap, got stride ", t.stride(0));
-  return {const_cast<void*>(t.const_data_ptr()), rows <= 1 ? columns : t.stride(0), dtype_of(t, name)};
-}
-
-// A contiguous tensor of the accumulating type with this many elements
-template <typename T>
-T* values(const Tensor& t, const char* name, int64_t count) {
-  check_cpu(t, name);
-  STD_TORCH_CHECK(dtype_of(t, name) == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32), name, " must be ", sizeof(T) == 8 ? "fp64" : "fp32");
-  STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
-  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
-}
-
-template <typename T>
-T* values(const std::optional<Tensor>& t, const char* name, int64_t count) {
-  return t.has_value() ? values<T>(*t, name, count) : nullptr;
-}
-
-// Uninitialized memory on the boundary of a cache line: a vector as long as a line would else touch two
-constexpr std::align_val_t kLine{64};
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, kLine); }
-};
-template <typename T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <typename T>
-Buffer<T> buffer(int64_t count) {
-  return Buffer<T>(static_cast<T*>(::operator new(size_t(count) * sizeof(T), kLine)));
-}
-
-template <typename T>
-int64_t panel_count(int64_t columns) {
-  return (columns + kernels<T>().panel - 1) / kernels<T>().panel;
-}
-
-// How many items of `cost` multiply-adds make a piece of work worth a thread
-int64_t grain(int64_t cost) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cost)); }
 
 template <typename T>
 void weight_pass(
@@ -142,12 +67,12 @@ void weight_pass(
   });
 }
 
-bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
-
 void weight_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, const Tensor& norm) {
   auto pass = is_double(norm) ? weight_pass<double> : weight_pass<float>;
   pass(weight, lora_A, lora_B, std::nullopt, scaling, norm, false, false, std::nullopt, false);
 }
+
+}  // namespace
 
 void merged_weight(
     const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> magnitude, double scaling,
@@ -156,124 +81,7 @@ void merged_weight(
   pass(weight, lora_A, lora_B, magnitude, scaling, norm, norm_known, minus_weight, out, dither);
 }
 
-template <typename T>
-int64_t adapter_gradients_of(
-    const Tensor& x, const Tensor& g, const std::optional<Tensor>& y, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& magnitude, const Tensor& norm, const std::optional<Tensor>& bias, double scaling,
-    const std::optional<Tensor>& grad_A, const std::optional<Tensor>& grad_B, const std::optional<Tensor>& grad_magnitude,
-    const std::optional<Tensor>& doubtful, double doubtful_ratio, bool from_updated) {
-  const auto& k = kernels<T>();
-  STD_TORCH_CHECK(g.dim() == 2 && lora_A.dim() == 2, "g and lora_A must be matrices");
-  const int64_t tokens = g.size(0), n = g.size(1), r = lora_A.size(0), in = lora_A.size(1);
-  STD_TORCH_CHECK(grad_A.has_value() == grad_B.has_value(), "grad_A and grad_B are computed together");
-  STD_TORCH_CHECK(grad_magnitude.has_value() == y.has_value() && grad_magnitude.has_value() == doubtful.has_value(),
-                  "grad_magnitude, doubtful and y go together");
-  const bool direction = grad_A.has_value(), with_magnitude = grad_magnitude.has_value();
-  const T* b = values<T>(lora_B, "lora_B", n * r);
-  const T* m = values<T>(magnitude, "magnitude", n);
-  const T* norms = values<T>(norm, "norm", n);
-  GradientArgs<T> args{};
-  args.g = matrix(g, "g", tokens, n);
-  args.lora_A = values<T>(lora_A, "lora_A", r * in);
-  const T* offset = values<T>(bias, "bias", n);
-  args.in_features = in, args.out_features = n, args.r = r;
-  T *to_A = values<T>(grad_A, "grad_A", r * in), *to_B = values<T>(grad_B, "grad_B", n * r);
-  T* to_m = values<T>(grad_magnitude, "grad_magnitude", n);
-  bool* flags = nullptr;
-  if (with_magnitude) {
-    args.y = matrix(*y, "y", tokens, n);
-    STD_TORCH_CHECK(doubtful->scalar_type() == ScalarType::Bool && doubtful->numel() == n && doubtful->is_contiguous(),
-                    "doubtful must be bool [", n, "]");
-    flags = static_cast<bool*>(doubtful->mutable_data_ptr());
-  }
-  if (direction) args.x = matrix(x, "x", tokens, in);
-  auto scale = buffer<T>(std::max<int64_t>(1, n));
-  for (int64_t i = 0; i < n; ++i) scale[i] = norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1);
-  const int64_t padded_in = panel_count<T>(in) * k.panel, padded_out = panel_count<T>(n) * k.panel;
-  Buffer<T> scaled_B, padded_bias;
-  if (direction) {
-    scaled_B = buffer<T>(std::max<int64_t>(1, r * n));
-    for (int64_t start = 0; start < n; start += kTile)
-      for (int64_t j = 0; j < r; ++j)
-        for (int64_t i = start, stop = std::min(n, start + kTile); i < stop; ++i) scaled_B[j * n + i] = scale[i] * b[i * r + j];
-    args.scaled_B = scaled_B.get();
-  }
-  if (offset != nullptr) {
-    padded_bias = buffer<T>(std::max<int64_t>(1, padded_out));
-    std::fill(std::copy(offset, offset + n, padded_bias.get()), padded_bias.get() + padded_out, T(0));
-    args.bias = padded_bias.get();
-  }
-  // a block of x and g stays in a core's cache between its projection and its sums; partial sums in 4 MiB, by the shape alone
-  args.block = std::clamp<int64_t>(kBlockElements / std::max<int64_t>(1, padded_in + padded_out) / 8 * 8, 16, kBlock);
-  const int64_t size = (direction ? r * (padded_in + padded_out) : 0) + 2 * padded_out;
-  const int64_t room = std::max<int64_t>(1, kPartialBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, size));
-  const int64_t parts = std::clamp<int64_t>(tokens / (8 * kBlock), 1, std::min<int64_t>(16, room));
-  auto partial = buffer<T>(std::max<int64_t>(1, parts * size));
-  const int64_t cost = tokens / parts * (direction ? (2 * r + 2) * (in + n) : 4 * n);
-  torch::stable::parallel_for(0, parts, grain(cost), [&](int64_t begin, int64_t end) {
-    auto own = buffer<T>(kBlock * (padded_in + 2 * padded_out + 2 * r) + 2 * padded_out + 1);
-    for (int64_t part = begin; part < end; ++part) {
-      T* to = partial.get() + part * size;
-      std::fill(to, to + size, T(0));
-      k.gradient_tokens(args, tokens * part / parts, tokens * (part + 1) / parts, to, own.get());
-    }
-  });
-  // the parts are summed in their order, and from there to the results, a tile at a time
-  const auto sum = [&](int64_t at, int64_t count, T* to) {
-    std::copy(partial.get() + at, partial.get() + at + count, to);
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t i = 0; i < count; ++i) to[i] += partial[part * size + at + i];
-  };
-  if (direction) {
-    torch::stable::parallel_for(0, in, grain(r * parts), [&](int64_t begin, int64_t end) {
-      for (int64_t j = 0; j < r; ++j) {
-        sum(j * padded_in + begin, end - begin, to_A + j * in + begin);
-        for (int64_t c = begin; c < end; ++c) to_A[j * in + c] *= T(scaling);
-      }
-    });
-  }
-  const int64_t after_A = direction ? r * padded_in : 0, after_B = after_A + (direction ? r * padded_out : 0);
-  std::atomic<int64_t> doubtful_count{0};
-  torch::stable::parallel_for(0, n, grain(((direction ? r : 0) + 2) * parts), [&](int64_t begin, int64_t end) {
-    for (int64_t start = begin; start < end; start += kTile) {
-      const int64_t count = std::min(end - start, kTile);
-      T tile[kTile], squares[kTile];
-      for (int64_t j = 0; direction && j < r; ++j) {
-        sum(after_A + j * padded_out + start, count, tile);
-        for (int64_t i = 0; i < count; ++i) to_B[(start + i) * r + j] = T(scaling) * scale[start + i] * tile[i];
-      }
-      if (!with_magnitude) continue;
-      sum(after_B + start, count, tile);
-      sum(after_B + padded_out + start, count, squares);
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t i = start + k;
-        const bool fixed = !(norms[i] >= T(kNormFloor));
-        if (from_updated) {  // y is V x itself
-          flags[i] = false;
-          to_m[i] = fixed ? T(0) : tile[k] / norms[i];
-          continue;
-        }
-        // y - bias lost the digits of c u where the bias is the larger part; near m = 0 it is not divisible by m
-        const double shift = offset ? double(offset[i]) : 0.0;
-        const bool lost = shift * shift * double(tokens) > doubtful_ratio * doubtful_ratio * double(squares[k]);
-        const bool tiny = !(std::abs(double(m[i])) >= kNormFloor * std::max(1.0, double(norms[i])));
-        flags[i] = !fixed && (tiny || (shift != 0.0 && lost));
-        to_m[i] = fixed || tiny ? T(0) : tile[k] / m[i];
-        if (flags[i]) ++doubtful_count;
-      }
-    }
-  });
-  return doubtful_count.load();
-}
-
-int64_t adapter_gradients(
-    const Tensor& x, const Tensor& g, std::optional<Tensor> y, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> grad_A,
-    std::optional<Tensor> grad_B, std::optional<Tensor> grad_magnitude, std::optional<Tensor> doubtful, double doubtful_ratio, bool from_updated) {
-  auto run = is_double(norm) ? adapter_gradients_of<double> : adapter_gradients_of<float>;
-  return run(
-      x, g, y, lora_A, lora_B, magnitude, norm, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful, doubtful_ratio, from_updated);
-}
+namespace {
 
 template <typename T>
 void direction_backward_of(
@@ -419,6 +227,13 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
       "Tensor? bias, float scaling, Tensor(a!)? grad_A, Tensor(b!)? grad_B, Tensor(c!)? grad_magnitude, "
       "Tensor(d!)? doubtful, float doubtful_ratio, bool from_updated) -> int");
   m.def(
+      "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, float scaling, "
+      "Tensor(a!) merged) -> (Tensor, Tensor)");
+  m.def(
+      "dora_linear_backward(Tensor g, Tensor x, Tensor? y, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
+      "Tensor norm, Tensor? bias, float scaling, Tensor(a!)? merged, bool needs_direction, float doubtful_ratio) "
+      "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+  m.def(
       "direction_backward(Tensor weight, Tensor? grad, Tensor lora_A, Tensor lora_B, Tensor? magnitude, float scaling, "
       "Tensor norm, Tensor? grad_norm, Tensor(a!) grad_A, Tensor(b!) grad_B, Tensor(c!)? grad_magnitude) -> ()");
   m.def(
@@ -437,6 +252,8 @@ STABLE_TORCH_LIBRARY_IMPL(bidora_native, CPU, m) {
   m.impl("weight_norm", TORCH_BOX(&bidora::weight_norm));
   m.impl("merged_weight", TORCH_BOX(&bidora::merged_weight));
   m.impl("adapter_gradients", TORCH_BOX(&bidora::adapter_gradients));
+  m.impl("dora_linear", TORCH_BOX(&bidora::dora_linear));
+  m.impl("dora_linear_backward", TORCH_BOX(&bidora::dora_linear_backward));
   m.impl("direction_backward", TORCH_BOX(&bidora::direction_backward));
   m.impl("compose", TORCH_BOX(&bidora::compose));
   m.impl("few_tokens", TORCH_BOX(&bidora::few_tokens));

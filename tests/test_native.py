@@ -23,9 +23,10 @@ ABI_2_10 = {
     "aoti_torch_abi_version", "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object",
     "aoti_torch_device_type_cpu", "aoti_torch_get_device_type", "aoti_torch_get_dim", "aoti_torch_get_dtype",
     "aoti_torch_get_numel", "aoti_torch_get_size", "aoti_torch_get_stride", "aoti_torch_is_contiguous", "aoti_torch_library_def",
-    "aoti_torch_library_init_def", "aoti_torch_library_init_impl", "aoti_torch_new_tensor_handle", "torch_call_dispatcher",
-    "torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "torch_get_num_threads", "torch_library_impl",
-    "torch_new_string_handle", "torch_parallel_for",
+    "aoti_torch_library_init_def", "aoti_torch_library_init_impl", "aoti_torch_memory_format_contiguous_format",
+    "aoti_torch_new_tensor_handle", "torch_call_dispatcher", "torch_delete_list", "torch_get_const_data_ptr",
+    "torch_get_mutable_data_ptr", "torch_get_num_threads", "torch_library_impl", "torch_list_push_back",
+    "torch_new_list_reserve_size", "torch_new_string_handle", "torch_parallel_for",
 }  # fmt: skip
 
 

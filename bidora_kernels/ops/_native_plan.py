@@ -12,13 +12,14 @@ tokens stay in fp32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .. import native, reference
-from ._library import flatten, rows
+from ._library import as_dtype, flatten, rows
 from ._workspace import rows_per_block, workspace
 
 FEW_TOKENS = 16
@@ -53,6 +54,32 @@ def in_bf16(product_dtype: torch.dtype, weight: Tensor, dropped: bool) -> bool:
     """Whether the products with W' take bf16 operands."""
     bf16 = product_dtype is torch.bfloat16 and weight.dtype is not torch.float64
     return bf16 and not dropped and native.multiplies_bf16()
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole_layer_by_sizes(
+    tokens: int, shape: tuple[int, int], strides: tuple[int, int], stored: torch.dtype, bf16: bool, backward: bool
+) -> torch.dtype | None:
+    weight = torch.empty_strided(shape, strides, dtype=stored, device="meta")
+    dtype = reference.norm_dtype(weight)
+    if not backward and takes_few_tokens(tokens, weight, dtype, norm_known=False):
+        return None
+    operands = torch.bfloat16 if bf16 and dtype is not torch.float64 else dtype
+    if operands is dtype and not weight_plan_pays(tokens, weight, dtype, norm_known=backward, backward=backward):
+        return None
+    return operands if shape[0] <= rows_per_block(shape[1], operands) else None
+
+
+def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward: bool) -> torch.dtype | None:
+    """The dtype of W' where one product with all of it is the layer's output, or its gradient of x; else None.
+
+    That is the usual call of a training step, for which one operator does everything.
+    """
+    if x.dim() < 2:
+        return None
+    shape = weight.shape
+    tokens, bf16 = x.numel() // max(1, shape[1]), product_dtype is torch.bfloat16 and native.multiplies_bf16()
+    return _whole_layer_by_sizes(tokens, tuple(shape), weight.stride(), weight.dtype, bf16, backward)
 
 
 def kept_dtype(
@@ -158,7 +185,16 @@ def forward(
     keeps: bool,
     watches_output: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """(y [tokens, out] in `out_dtype`, norm, what the backward needs beyond y or None, () as nothing is left to use again)."""
+    """(y in `out_dtype`, norm, what the backward needs beyond y or None, () as nothing is left to use again).
+
+    y is [tokens, out] or [..., out] as x is [..., in].
+    """
+    if norm is None and x_dropped is None and not precise:
+        operands = whole_layer(x, weight, product_dtype, backward=False)
+        if operands is not None:
+            block = workspace(weight.shape[0], weight.shape[1], operands, _is_transposed(weight))
+            y, norm = native.dora_linear(as_dtype(x, operands), weight, lora_A, lora_B, magnitude, bias, scaling, block)
+            return as_dtype(y, out_dtype), norm, None, ()
     x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
     dtype = reference.norm_dtype(weight)
     few = x_dropped is None and takes_few_tokens(x.shape[0], weight, dtype, norm_known)
@@ -211,38 +247,52 @@ def backward(
     again: tuple[Tensor, ...] = (),
     watched_output: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(grad_x [tokens, in], grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
+    """(grad_x, grad_x_dropped, grad_lora_A, grad_lora_B, grad_magnitude), None for what is not needed.
 
-    `x` is the input of the low-rank branch (with dropout: x_dropped), `kept` is y or what the forward kept beyond it.
+    `x` is the input of the low-rank branch (with dropout: x_dropped), `kept` is y or what the forward kept beyond it. The
+    gradients of x are [tokens, in] or of its shape.
     """
+    through_norm = needs_direction and differentiate_norm
+    needs_output = needs_magnitude or through_norm
+    by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
+    grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = doubtful = None
+    whole = False
+    if not (dropped or by_library or (needs_output and kept is None)):
+        operands = whole_layer(x, weight, product_dtype, backward=True) if needs_x else grad_output.dtype
+        whole = operands is grad_output.dtype
+    if whole:
+        block = workspace(weight.shape[0], weight.shape[1], grad_output.dtype, _is_transposed(weight)) if needs_x else None
+        grad_x, grad_A, grad_B, grad_magnitude, doubtful = native.dora_linear_backward(
+            grad_output, x, kept if needs_output else None, weight, lora_A, lora_B, magnitude, norm, bias, scaling, block,
+            needs_direction,
+        )  # fmt: skip
+        if doubtful is None and not through_norm:
+            return grad_x, None, grad_A, grad_B, grad_magnitude
     layer = Layer(weight, lora_A, lora_B, magnitude, bias, scaling, in_bf16(product_dtype, weight, dropped))
     norm = layer.constant(norm)
-    g = rows(grad_output)
-    grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = None
-    through_norm = needs_direction and differentiate_norm
-    if needs_direction or needs_magnitude:
+    g = rows(flatten(grad_output))
+    if not whole and (needs_direction or needs_magnitude):
         inputs, subtracted = rows(flatten(x)), None if dropped else layer.bias
-        if not (needs_magnitude or through_norm):
+        if not needs_output:
             kept = None
         elif kept is None:
             kept, subtracted = _outputs(layer, layer.flat(x, layer.operands), norm, None), None
-        by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
         grad_A, grad_B, grad_magnitude, doubtful = native.adapter_gradients(
-            inputs, g, None if kept is None else rows(kept), layer.lora_A, layer.lora_B, layer.magnitude, norm, subtracted,
-            scaling, needs_direction and not by_library, dropped,
+            inputs, g, None if kept is None else rows(flatten(kept)), layer.lora_A, layer.lora_B, layer.magnitude, norm,
+            subtracted, scaling, needs_direction and not by_library, dropped,
         )  # fmt: skip
         if by_library:
             grad_A, grad_B = _low_rank_gradients(layer, layer.flat(inputs), rows(g.to(layer.dtype)), norm)
-        if doubtful is not None and grad_magnitude is not None:
-            exact = doubtful.nonzero().squeeze(1)
-            updated = reference.direction(weight[exact], layer.lora_A, layer.lora_B[exact], scaling)
-            per_row = torch.mm(g[:, exact].to(layer.dtype).t(), layer.flat(inputs))
-            grad_magnitude[exact] = (per_row * updated).sum(1) / norm[exact]
+    if doubtful is not None and grad_magnitude is not None:
+        exact = doubtful.nonzero().squeeze(1)
+        updated = reference.direction(weight[exact], layer.lora_A, layer.lora_B[exact], scaling)
+        per_row = torch.mm(g[:, exact].to(layer.dtype).t(), layer.flat(x))
+        grad_magnitude[exact] = (per_row * updated).sum(1) / norm[exact]
     if through_norm and grad_A is not None and grad_B is not None and grad_magnitude is not None:
         grad_norm = -reference.row_scale(layer.magnitude, norm) * grad_magnitude
         norm_A, norm_B, _ = native.direction_backward(weight, None, layer.lora_A, layer.lora_B, None, scaling, norm, grad_norm)
         grad_A, grad_B = grad_A.add_(norm_A), grad_B.add_(norm_B)
-    if needs_x or needs_dropped:
+    if not whole and (needs_x or needs_dropped):
         g = rows(g if g.dtype is layer.operands else g.to(layer.operands))
         if dropped:
             grad_x = _product(g, layer.frozen_blocks(), weight.shape[1]) if needs_x else None

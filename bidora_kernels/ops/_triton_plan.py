@@ -14,7 +14,7 @@ from ..kernels.compose import launch_compose
 from ..kernels.magnitude_gradient import launch_magnitude_gradient
 from ..kernels.pieces import launch_pieces
 from ..kernels.weight_norm import launch_row_scale, launch_weight_norm_and_scale
-from ._library import as_dtype
+from ._library import as_dtype, flatten
 from ._triton_gradients import (
     add_low_rank,
     flat,
@@ -112,6 +112,7 @@ def backward(
     kept: the base output, or y where the forward had `watches_output` (`watched_output` here) and kept nothing else; None where
     that was overwritten since. again: what the forward left under this name; without it, it is computed again.
     """
+    grad_output, kept = flatten(grad_output), None if kept is None else flatten(kept)
     norm = as_dtype(norm, torch.float32)
     operands = operand_dtype(x, weight, product_dtype)
     inputs, frozen = flat(x, product_dtype), as_dtype(weight, operands)

@@ -14,7 +14,7 @@ from ..kernels.magnitude_gradient import launch_magnitude_gradient
 from ..kernels.merged_weight import launch_merged_weight
 from ..kernels.pieces import launch_pieces
 from ..kernels.weight_norm import launch_row_scale
-from ._library import as_dtype
+from ._library import as_dtype, flatten
 from ._triton_gradients import flat, layer_gradients, low_rank_input, parameter_gradients
 
 DITHER_SEED = 0x5EED
@@ -98,6 +98,7 @@ def backward(
 
     again: what the forward left under this name; without it, it is computed again.
     """
+    grad_output, kept = flatten(grad_output), None if kept is None else flatten(kept)
     pieces = again[0] if again else None
     norm = as_dtype(norm, torch.float32)
     scale = launch_row_scale(magnitude, norm)

@@ -113,7 +113,6 @@ def _planned_backward(
     plan: str, merged: Tensor | None, again: tuple[Tensor, ...] = (), watched_output: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of x, x_dropped, lora_A, lora_B and magnitude in their dtypes and shapes, None for what is not needed."""
-    grad_output, kept = library.flatten(grad_output), None if kept is None else library.flatten(kept)
     implementation = _implementation(backend, plan)
     with _without_autocast(x.device.type):
         if plan == "weight":
@@ -126,11 +125,10 @@ def _planned_backward(
                 grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, scaling, dropped, needs_x, needs_dropped,
                 needs_direction, needs_magnitude, differentiate_norm, product_dtype, again, watched_output,
             )  # fmt: skip
-    like = (x, x, lora_A, lora_B, magnitude)
-    return tuple(
-        None if grad is None else _shaped(library.as_dtype(grad, target.dtype), target.shape)
-        for grad, target in zip(grads, like, strict=True)
-    )
+    return tuple([
+        grad if grad is None else _shaped(library.as_dtype(grad, target.dtype), target.shape)
+        for grad, target in zip(grads, (x, x, lora_A, lora_B, magnitude), strict=True)
+    ])  # fmt: skip
 
 
 def _backward(
@@ -301,15 +299,16 @@ def dora_linear(
     detach_norm: bool,
     norm: Tensor | None,
     precise: bool,
+    product_dtype: torch.dtype,
     backend: str,
     plan: str = "activation",
     merged: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.dora_linear`, by one operator; arguments were checked in functional.py."""
+    """As `reference.dora_linear`, by one operator; arguments were checked in functional.py, which knows the product's dtype."""
     keeps = reads_output(lora_A, lora_B, magnitude, detach_norm)
     arguments = (
         x, weight, lora_A, lora_B, magnitude, norm, bias, x_dropped, scaling, detach_norm, precise,
-        reference.matmul_dtype(x, weight, precise), reference.output_dtype(x), keeps, backend, plan, merged,
+        product_dtype, reference.output_dtype(x), keeps, backend, plan, merged,
     )  # fmt: skip
     if library.is_eager(x, weight, lora_A, lora_B, magnitude):
         if not torch.is_grad_enabled():

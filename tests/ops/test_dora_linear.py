@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -46,20 +47,26 @@ def test_shapes(out_features: int, in_features: int, r: int, tokens: tuple[int, 
 def test_products_in_bf16(weights: torch.dtype, tokens: int, layout: str, in_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bf16 layer, or an fp32 one under autocast, whether the processor has bf16 instructions or not."""
     monkeypatch.setattr(native, "multiplies_bf16", lambda: in_bf16)
-    dithered, real = [], native.merged_weight
+    dtypes = []
 
-    def watched(*arguments: object, **keywords: object) -> None:
-        dithered.append(arguments[-1])
-        real(*arguments, **keywords)
+    def watch(name: str, position: int) -> None:
+        real = getattr(native, name)
 
-    monkeypatch.setattr(native, "merged_weight", watched)
+        def watched(*arguments: Any) -> Any:
+            dtypes.append(arguments[position].dtype)
+            return real(*arguments)
+
+        monkeypatch.setattr(native, name, watched)
+
+    for name, position in (("merged_weight", 6), ("dora_linear", 7), ("dora_linear_backward", 10)):  # where W' is written
+        watch(name, position)
     for detach_norm in (True, False):
         call = draw(9, 70, 130, 4, (tokens,), weights, layout=layout, detach_norm=detach_norm)
         with torch.autocast("cpu", torch.bfloat16):
             ours = run(call, "native")
         assert ours["y"].dtype == torch.bfloat16
         assert violations(call, ours, torch.bfloat16) == []
-    assert set(dithered) == {in_bf16}
+    assert set(dtypes) == {torch.bfloat16 if in_bf16 else torch.float32}
 
 
 def test_blocks_of_bf16_products_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,29 +166,42 @@ def test_a_pass_computes_what_it_needs(
     needs: tuple[str, ...], detach_norm: bool, dropped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = native.adapter_gradients
 
-    def watch(*args: object, **kwargs: object) -> object:
-        seen.append((args[2] is not None, args[9]))
-        return original(*args, **kwargs)
+    def watch(name: str, needs_direction: int) -> None:
+        original = getattr(native, name)
 
-    monkeypatch.setattr(native, "adapter_gradients", watch)
+        def watched(*args: object) -> object:
+            seen.append((args[2] is not None, args[needs_direction]))
+            return original(*args)
+
+        monkeypatch.setattr(native, name, watched)
+
+    watch("adapter_gradients", 9)
+    watch("dora_linear_backward", 11)
     call = draw(9, detach_norm=detach_norm, dropped=dropped)
     ours = run(call, "native", needs)
     assert violations(call, ours) == []
     reads_output = "magnitude" in needs or ("direction" in needs and not detach_norm)
-    assert seen == ([(reads_output, "direction" in needs)] if needs else [])
+    assert [found for found in seen if any(found)] == ([(reads_output, "direction" in needs)] if needs else [])
     if not dropped:
         y = bk.functional.dora_linear(call.x, call.weight, call.lora_A, call.lora_B, call.magnitude, call.scaling)
         assert not y.requires_grad
 
 
 def test_a_frozen_input_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged, original = [], native.dora_linear_backward
+
+    def watched(*args: Any) -> Any:
+        merged.append(args[10])
+        return original(*args)
+
+    monkeypatch.setattr(native, "dora_linear_backward", watched)
     monkeypatch.setattr(_native_plan, "_product", lambda *args: pytest.fail("a gradient of x was computed"))
     call = draw(10, tokens=(200,))
     lora_A = call.lora_A.requires_grad_()
     y = bk.functional.dora_linear(call.x, call.weight, lora_A, call.lora_B, call.magnitude, call.scaling)
     torch.autograd.grad(y.sum(), lora_A)
+    assert merged == [None]
 
 
 @pytest.mark.parametrize("detach_norm", [True, False])

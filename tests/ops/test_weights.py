@@ -91,7 +91,9 @@ def within(call: Call, value: Tensor, own: Tensor, exact: Tensor, columns: int, 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["rows", "transposed", "sliced", "strided"])
-@pytest.mark.parametrize("shape", [(17, 33, 3), (130, 64, 8), (3, 1025, 1), (40, 600, 17), (24, 8, 9), (37, 2100, 4), (50, 70, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(17, 33, 3), (130, 64, 8), (3, 1025, 1), (40, 600, 17), (24, 8, 9), (37, 2100, 4), (50, 70, 2)], ids=str
+)
 def test_against_fp64(name: str, dtype: torch.dtype, layout: str, shape: tuple[int, int, int]) -> None:
     check(name, draw(1, *shape, dtype=dtype, layout=layout))
 

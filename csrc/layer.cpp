@@ -1,0 +1,208 @@
+// A layer's output through its merged weight, and its gradients; the operators that a training step calls.
+#include <array>
+#include <atomic>
+
+#include "operations.h"
+#include "tensors.h"
+
+namespace bidora {
+namespace {
+
+constexpr int64_t kBlockElements = 98304;            // of x and g that a core's cache holds beside the factors and their sums
+constexpr int64_t kTile = 16;                        // rows that a transposition takes together
+constexpr int64_t kPartialBytes = int64_t(4) << 20;  // of a backward's partial sums, at most
+
+template <typename T>
+int64_t adapter_gradients_of(
+    const Tensor& x, const Tensor& g, const std::optional<Tensor>& y, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, const Tensor& norm, const std::optional<Tensor>& bias, double scaling,
+    const std::optional<Tensor>& grad_A, const std::optional<Tensor>& grad_B, const std::optional<Tensor>& grad_magnitude,
+    const std::optional<Tensor>& doubtful, double doubtful_ratio, bool from_updated) {
+  const auto& k = kernels<T>();
+  STD_TORCH_CHECK(g.dim() >= 2 && lora_A.dim() == 2, "g must be [..., out] and lora_A a matrix");
+  const int64_t n = g.size(g.dim() - 1), tokens = n > 0 ? g.numel() / n : 0, r = lora_A.size(0), in = lora_A.size(1);
+  STD_TORCH_CHECK(grad_A.has_value() == grad_B.has_value(), "grad_A and grad_B are computed together");
+  STD_TORCH_CHECK(grad_magnitude.has_value() == y.has_value() && grad_magnitude.has_value() == doubtful.has_value(),
+                  "grad_magnitude, doubtful and y go together");
+  const bool direction = grad_A.has_value(), with_magnitude = grad_magnitude.has_value();
+  const T* b = values<T>(lora_B, "lora_B", n * r);
+  const T* m = values<T>(magnitude, "magnitude", n);
+  const T* norms = values<T>(norm, "norm", n);
+  GradientArgs<T> args{};
+  args.g = matrix(g, "g", tokens, n);
+  args.lora_A = values<T>(lora_A, "lora_A", r * in);
+  const T* offset = values<T>(bias, "bias", n);
+  args.in_features = in, args.out_features = n, args.r = r;
+  T *to_A = values<T>(grad_A, "grad_A", r * in), *to_B = values<T>(grad_B, "grad_B", n * r);
+  T* to_m = values<T>(grad_magnitude, "grad_magnitude", n);
+  bool* flags = nullptr;
+  if (with_magnitude) {
+    args.y = matrix(*y, "y", tokens, n);
+    STD_TORCH_CHECK(doubtful->scalar_type() == ScalarType::Bool && doubtful->numel() == n && doubtful->is_contiguous(),
+                    "doubtful must be bool [", n, "]");
+    flags = static_cast<bool*>(doubtful->mutable_data_ptr());
+  }
+  if (direction) args.x = matrix(x, "x", tokens, in);
+  auto scale = buffer<T>(std::max<int64_t>(1, n));
+  for (int64_t i = 0; i < n; ++i) scale[i] = norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1);
+  const int64_t padded_in = panel_count<T>(in) * k.panel, padded_out = panel_count<T>(n) * k.panel;
+  Buffer<T> scaled_B, padded_bias;
+  if (direction) {
+    scaled_B = buffer<T>(std::max<int64_t>(1, r * n));
+    for (int64_t start = 0; start < n; start += kTile)
+      for (int64_t j = 0; j < r; ++j)
+        for (int64_t i = start, stop = std::min(n, start + kTile); i < stop; ++i) scaled_B[j * n + i] = scale[i] * b[i * r + j];
+    args.scaled_B = scaled_B.get();
+  }
+  if (offset != nullptr) {
+    padded_bias = buffer<T>(std::max<int64_t>(1, padded_out));
+    std::fill(std::copy(offset, offset + n, padded_bias.get()), padded_bias.get() + padded_out, T(0));
+    args.bias = padded_bias.get();
+  }
+  // a block of x and g stays in a core's cache between its projection and its sums; partial sums in 4 MiB, by the shape alone
+  args.block = std::clamp<int64_t>(kBlockElements / std::max<int64_t>(1, padded_in + padded_out) / 8 * 8, 16, kBlock);
+  const int64_t size = (direction ? r * (padded_in + padded_out) : 0) + 2 * padded_out;
+  const int64_t room = std::max<int64_t>(1, kPartialBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, size));
+  const int64_t parts = std::clamp<int64_t>(tokens / (8 * kBlock), 1, std::min<int64_t>(16, room));
+  auto partial = buffer<T>(std::max<int64_t>(1, parts * size));
+  const int64_t cost = tokens / parts * (direction ? (2 * r + 2) * (in + n) : 4 * n);
+  torch::stable::parallel_for(0, parts, grain(cost), [&](int64_t begin, int64_t end) {
+    auto own = buffer<T>(kBlock * (padded_in + 2 * padded_out + 2 * r) + 2 * padded_out + 1);
+    for (int64_t part = begin; part < end; ++part) {
+      T* to = partial.get() + part * size;
+      std::fill(to, to + size, T(0));
+      k.gradient_tokens(args, tokens * part / parts, tokens * (part + 1) / parts, to, own.get());
+    }
+  });
+  // the parts are summed in their order, and from there to the results, a tile at a time
+  const auto sum = [&](int64_t at, int64_t count, T* to) {
+    std::copy(partial.get() + at, partial.get() + at + count, to);
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < count; ++i) to[i] += partial[part * size + at + i];
+  };
+  if (direction) {
+    torch::stable::parallel_for(0, in, grain(r * parts), [&](int64_t begin, int64_t end) {
+      for (int64_t j = 0; j < r; ++j) {
+        sum(j * padded_in + begin, end - begin, to_A + j * in + begin);
+        for (int64_t c = begin; c < end; ++c) to_A[j * in + c] *= T(scaling);
+      }
+    });
+  }
+  const int64_t after_A = direction ? r * padded_in : 0, after_B = after_A + (direction ? r * padded_out : 0);
+  std::atomic<int64_t> doubtful_count{0};
+  torch::stable::parallel_for(0, n, grain(((direction ? r : 0) + 2) * parts), [&](int64_t begin, int64_t end) {
+    for (int64_t start = begin; start < end; start += kTile) {
+      const int64_t count = std::min(end - start, kTile);
+      T tile[kTile], squares[kTile];
+      for (int64_t j = 0; direction && j < r; ++j) {
+        sum(after_A + j * padded_out + start, count, tile);
+        for (int64_t i = 0; i < count; ++i) to_B[(start + i) * r + j] = T(scaling) * scale[start + i] * tile[i];
+      }
+      if (!with_magnitude) continue;
+      sum(after_B + start, count, tile);
+      sum(after_B + padded_out + start, count, squares);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t i = start + k;
+        const bool fixed = !(norms[i] >= T(kNormFloor));
+        if (from_updated) {  // y is V x itself
+          flags[i] = false;
+          to_m[i] = fixed ? T(0) : tile[k] / norms[i];
+          continue;
+        }
+        // y - bias lost the digits of c u where the bias is the larger part; near m = 0 it is not divisible by m
+        const double shift = offset ? double(offset[i]) : 0.0;
+        const bool lost = shift * shift * double(tokens) > doubtful_ratio * doubtful_ratio * double(squares[k]);
+        const bool tiny = !(std::abs(double(m[i])) >= kNormFloor * std::max(1.0, double(norms[i])));
+        flags[i] = !fixed && (tiny || (shift != 0.0 && lost));
+        to_m[i] = fixed || tiny ? T(0) : tile[k] / m[i];
+        if (flags[i]) ++doubtful_count;
+      }
+    }
+  });
+  return doubtful_count.load();
+}
+
+// The tensor contiguous and in a dtype: itself where it is so already
+Tensor constant(const Tensor& t, ScalarType dtype) {
+  Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+}
+
+ScalarType accumulating(const Tensor& weight) { return is_double(weight) ? ScalarType::Double : ScalarType::Float; }
+
+Tensor called(const char* name, const Tensor& a, const Tensor& b, const std::optional<Tensor>& c) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(c)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The same values in another shape, not counted as a view: an operator's output may then be overwritten in place
+Tensor unsafe_view(const Tensor& t, const std::vector<int64_t>& sizes) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(t), torch::stable::detail::from(sizes)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_unsafe_view", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+int64_t adapter_gradients(
+    const Tensor& x, const Tensor& g, std::optional<Tensor> y, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> grad_A,
+    std::optional<Tensor> grad_B, std::optional<Tensor> grad_magnitude, std::optional<Tensor> doubtful, double doubtful_ratio, bool from_updated) {
+  auto run = is_double(norm) ? adapter_gradients_of<double> : adapter_gradients_of<float>;
+  return run(
+      x, g, y, lora_A, lora_B, magnitude, norm, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful, doubtful_ratio, from_updated);
+}
+
+std::tuple<Tensor, Tensor> dora_linear(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+    std::optional<Tensor> bias, double scaling, const Tensor& merged) {
+  STD_TORCH_CHECK(x.dim() >= 2 && weight.dim() == 2 && merged.dim() == 2, "x must be [..., in], weight and merged matrices");
+  STD_TORCH_CHECK(x.scalar_type() == merged.scalar_type(), "x and merged must have the same dtype");
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == weight.size(1), "x must be [..., ", weight.size(1), "], got [..., ", x.size(x.dim() - 1), "]");
+  const ScalarType dtype = accumulating(weight);
+  const Tensor m = constant(magnitude, dtype), norm = torch::stable::empty_like(m);
+  const bool dither = merged.scalar_type() == ScalarType::BFloat16;
+  merged_weight(weight, constant(lora_A, dtype), constant(lora_B, dtype), m, scaling, norm, false, false, merged, dither);
+  if (bias.has_value()) bias = constant(*bias, merged.scalar_type());
+  if (x.dim() == 2) return {called("aten::linear", x, merged, bias), norm};
+  std::vector<int64_t> sizes;
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i)), tokens *= x.size(i);
+  sizes.push_back(weight.size(0));
+  const std::array<int64_t, 2> flat{tokens, weight.size(1)};
+  return {unsafe_view(called("aten::linear", torch::stable::reshape(x, flat), merged, bias), sizes), norm};
+}
+
+std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
+dora_linear_backward(
+    const Tensor& g, const Tensor& x, std::optional<Tensor> y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged,
+    bool needs_direction, double doubtful_ratio) {
+  const ScalarType dtype = accumulating(weight);
+  const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
+  const Tensor a = constant(lora_A, dtype), b = constant(lora_B, dtype), m = constant(magnitude, dtype), n = constant(norm, dtype);
+  const Tensor grad = dense(g);
+  std::optional<Tensor> grad_x, grad_A, grad_B, grad_magnitude, doubtful;
+  if (needs_direction) grad_A = torch::stable::empty_like(a), grad_B = torch::stable::empty_like(b);
+  if (y.has_value()) {
+    y = dense(*y);
+    grad_magnitude = torch::stable::empty_like(m);
+    doubtful = torch::stable::new_empty(m, std::array<int64_t, 1>{m.numel()}, ScalarType::Bool);
+  }
+  if (bias.has_value()) bias = constant(*bias, dtype);
+  if (needs_direction || y.has_value()) {
+    const int64_t count = adapter_gradients(
+        dense(x), grad, y, a, b, m, n, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful, doubtful_ratio, false);
+    if (count == 0) doubtful = std::nullopt;
+  }
+  if (merged.has_value()) {
+    STD_TORCH_CHECK(grad.scalar_type() == merged->scalar_type(), "g and merged must have the same dtype");
+    const bool dither = merged->scalar_type() == ScalarType::BFloat16;
+    merged_weight(weight, a, b, m, scaling, n, true, false, *merged, dither);
+    grad_x = torch::stable::matmul(grad, *merged);
+  }
+  return {grad_x, grad_A, grad_B, grad_magnitude, doubtful};
+}
+
+}  // namespace bidora

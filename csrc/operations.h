@@ -1,0 +1,38 @@
+// The operations that are defined in one file and used in another.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace bidora {
+
+using torch::stable::Tensor;
+
+void merged_weight(
+    const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> magnitude, double scaling,
+    const Tensor& norm, bool norm_known, bool minus_weight, const Tensor& out, bool dither);
+
+int64_t adapter_gradients(
+    const Tensor& x, const Tensor& g, std::optional<Tensor> y, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> grad_A,
+    std::optional<Tensor> grad_B, std::optional<Tensor> grad_magnitude, std::optional<Tensor> doubtful, double doubtful_ratio,
+    bool from_updated);
+
+// (y [..., out], the norms): writes the merged weight to `merged` and multiplies x [..., in] of the same dtype with it.
+std::tuple<Tensor, Tensor> dora_linear(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
+    std::optional<Tensor> bias, double scaling, const Tensor& merged);
+
+// (grad_x, grad_A, grad_B, grad_magnitude, doubtful rows where there are some), absent where they are not asked for: grad_x by
+// `merged`, memory for the merged weight, the magnitude's by y.
+std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
+dora_linear_backward(
+    const Tensor& g, const Tensor& x, std::optional<Tensor> y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged,
+    bool needs_direction, double doubtful_ratio);
+
+}  // namespace bidora

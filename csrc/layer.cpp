@@ -12,6 +12,13 @@ constexpr int64_t kBlockElements = 98304;            // of x and g that a core's
 constexpr int64_t kTile = 16;                        // rows that a transposition takes together
 constexpr int64_t kPartialBytes = int64_t(4) << 20;  // of a backward's partial sums, at most
 
+// The number of rows of a tensor [..., columns]
+int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
 template <typename T>
 int64_t adapter_gradients_of(
     const Tensor& x, const Tensor& g, const std::optional<Tensor>& y, const Tensor& lora_A, const Tensor& lora_B,
@@ -20,7 +27,7 @@ int64_t adapter_gradients_of(
     const std::optional<Tensor>& doubtful, double doubtful_ratio, bool from_updated) {
   const auto& k = kernels<T>();
   STD_TORCH_CHECK(g.dim() >= 2 && lora_A.dim() == 2, "g must be [..., out] and lora_A a matrix");
-  const int64_t n = g.size(g.dim() - 1), tokens = n > 0 ? g.numel() / n : 0, r = lora_A.size(0), in = lora_A.size(1);
+  const int64_t n = g.size(g.dim() - 1), tokens = rows_of(g), r = lora_A.size(0), in = lora_A.size(1);
   STD_TORCH_CHECK(grad_A.has_value() == grad_B.has_value(), "grad_A and grad_B are computed together");
   STD_TORCH_CHECK(grad_magnitude.has_value() == y.has_value() && grad_magnitude.has_value() == doubtful.has_value(),
                   "grad_magnitude, doubtful and y go together");
@@ -167,10 +174,9 @@ std::tuple<Tensor, Tensor> dora_linear(
   if (bias.has_value()) bias = constant(*bias, merged.scalar_type());
   if (x.dim() == 2) return {called("aten::linear", x, merged, bias), norm};
   std::vector<int64_t> sizes;
-  int64_t tokens = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i)), tokens *= x.size(i);
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(weight.size(0));
-  const std::array<int64_t, 2> flat{tokens, weight.size(1)};
+  const std::array<int64_t, 2> flat{rows_of(x), weight.size(1)};
   return {unsafe_view(called("aten::linear", torch::stable::reshape(x, flat), merged, bias), sizes), norm};
 }
 

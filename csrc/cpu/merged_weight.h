@@ -6,7 +6,8 @@
 namespace bidora {
 namespace BIDORA_ISA {
 
-constexpr int64_t kAhead = 16;  // panels between a request for memory and its use
+template <typename T>
+constexpr int64_t kAhead = 4096 / (kPanel<T> * sizeof(T));  // panels between a request for memory and its use
 constexpr int64_t kFlush = 32;  // panels summed in T before the sum moves to double
 
 template <typename T>
@@ -60,8 +61,8 @@ BIDORA_INLINE void each_panel(
   // memory and arithmetic overlap badly unless it is requested ahead: in these rows, at their end in the rows after them
   const int64_t stride = a.weight.stride * bytes_of(a.weight.dtype), panel_bytes = kPanel<T> * bytes_of(a.weight.dtype);
   const bool in_place = a.weight.dtype == kOwnDtype<T>;
-  const int64_t turn = in_place && full > kAhead ? full - kAhead : 0;
-  const char* here = static_cast<const char*>(a.weight.data) + row * stride + kAhead * panel_bytes;
+  const int64_t turn = in_place && full > kAhead<T> ? full - kAhead<T> : 0;
+  const char* here = static_cast<const char*>(a.weight.data) + row * stride + kAhead<T> * panel_bytes;
   const char* then = static_cast<const char*>(a.weight.data) + (row + ROWS) * stride - turn * panel_bytes;
   for (int64_t p = 0; p < full; ++p) {
     const char* ahead = p < turn ? here : then;
@@ -163,8 +164,8 @@ static void block_squares(
   }
   // memory is requested kAhead panels ahead, beyond panel `turn` in what comes next; where these are copies only that is
   const int64_t stride = a.weight.stride * bytes_of(a.weight.dtype), panel_bytes = kPanel<T> * bytes_of(a.weight.dtype);
-  const int64_t turn = in_place && count > kAhead ? count - kAhead : 0;
-  const char *here = reinterpret_cast<const char*>(in[0] + kAhead * kPanel<T>), *then = next - turn * panel_bytes;
+  const int64_t turn = in_place && count > kAhead<T> ? count - kAhead<T> : 0;
+  const char *here = reinterpret_cast<const char*>(in[0] + kAhead<T> * kPanel<T>), *then = next - turn * panel_bytes;
   const Left<T, ROWS, DEPTH> left(a.left + row * a.r, a.r);
   Vector<T> acc[ROWS][2], sums[ROWS] = {};
   for (int64_t p = 0; p < count; ++p) {

@@ -34,7 +34,7 @@ BIDORA_INLINE void panel_product(
   }
 }
 
-constexpr int64_t kStreamAhead = 2048;  // bytes between a request for memory and its use, in rows that come from it
+constexpr int64_t kStreamAhead = 4096;  // bytes between a request for memory, for the L2 cache, and its use
 
 // out[j * out_stride + i] = <rows[i], right[j * right_stride + :]>; FIRST: nothing has read these rows yet
 template <typename T, int ROWS, int COLS, bool FIRST>
@@ -46,7 +46,7 @@ BIDORA_INLINE void dot_tile(
     Vector<T> x[ROWS];
     for (int i = 0; i < ROWS; ++i) {
       x[i] = load(rows[i] + c);
-      if (FIRST) __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + c) + kStreamAhead);
+      if (FIRST) __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + c) + kStreamAhead, 0, 2);
     }
     for (int j = 0; j < COLS; ++j) {
       Vector<T> m = load(right + j * right_stride + c);

@@ -45,9 +45,9 @@ BIDORA_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Requests the lines of memory that a panel's `bytes` from `p` on are in
+// Requests the lines of memory that a panel's `bytes` from `p` on are in, for the L2 cache: from there they come in time
 BIDORA_INLINE void prefetch(const void* p, int64_t bytes) {
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line, 0, 2);
 }
 
 template <typename T>

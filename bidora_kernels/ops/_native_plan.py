@@ -257,7 +257,7 @@ def backward(
     by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = doubtful = None
     whole = False
-    if not (dropped or by_library or (needs_output and kept is None)):
+    if not (dropped or by_library or x.dim() < 2 or (needs_output and kept is None)):
         operands = whole_layer(x, weight, product_dtype, backward=True) if needs_x else grad_output.dtype
         whole = operands is grad_output.dtype
     if whole:

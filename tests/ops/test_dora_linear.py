@@ -204,6 +204,18 @@ def test_a_frozen_input_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     assert merged == [None]
 
 
+def test_one_row_without_a_dimension_of_its_own() -> None:
+    call = draw(13, tokens=())
+    lora_A = call.lora_A.requires_grad_()
+    for weight in (call.weight, call.weight.t().contiguous().t()):
+        found = []
+        for backend in ("native", "reference"):
+            with bk.use_backend(backend):
+                y = bk.functional.dora_linear(call.x, weight, lora_A, call.lora_B, call.magnitude, call.scaling, call.bias)
+            found.append((y, *torch.autograd.grad(y.sum(), lora_A)))
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("detach_norm", [True, False])
 def test_y_may_be_overwritten(detach_norm: bool) -> None:
     call, found = draw(11, detach_norm=detach_norm), []

@@ -117,7 +117,7 @@ def dora_linear_backward(
     """(grad_x, grad_lora_A, grad_lora_B, grad_magnitude, doubtful rows where there are some) of `dora_linear`.
 
     `output` is its y: without it there is no magnitude's gradient. `merged`: memory for W', in dy's dtype; without it there is no
-    grad_x. Doubtful rows are those of `adapter_gradients`.
+    grad_x, which is a matrix where dy is not contiguous. Doubtful rows are those of `adapter_gradients`.
     """
     return torch.ops.bidora_native.dora_linear_backward.default(  # type: ignore[no-any-return]
         grad_output, x, output, stored(weight), lora_A, lora_B, magnitude, norm, bias, scaling, merged, needs_direction,

@@ -108,20 +108,20 @@ int64_t adapter_gradients_of(
       if (!with_magnitude) continue;
       sum(after_B + start, count, tile);
       sum(after_B + padded_out + start, count, squares);
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t i = start + k;
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t i = start + c;
         const bool fixed = !(norms[i] >= T(kNormFloor));
         if (from_updated) {  // y is V x itself
           flags[i] = false;
-          to_m[i] = fixed ? T(0) : tile[k] / norms[i];
+          to_m[i] = fixed ? T(0) : tile[c] / norms[i];
           continue;
         }
         // y - bias lost the digits of c u where the bias is the larger part; near m = 0 it is not divisible by m
         const double shift = offset ? double(offset[i]) : 0.0;
-        const bool lost = shift * shift * double(tokens) > doubtful_ratio * doubtful_ratio * double(squares[k]);
+        const bool lost = shift * shift * double(tokens) > doubtful_ratio * doubtful_ratio * double(squares[c]);
         const bool tiny = !(std::abs(double(m[i])) >= kNormFloor * std::max(1.0, double(norms[i])));
         flags[i] = !fixed && (tiny || (shift != 0.0 && lost));
-        to_m[i] = fixed || tiny ? T(0) : tile[k] / m[i];
+        to_m[i] = fixed || tiny ? T(0) : tile[c] / m[i];
         if (flags[i]) ++doubtful_count;
       }
     }
@@ -136,6 +136,14 @@ Tensor constant(const Tensor& t, ScalarType dtype) {
 }
 
 ScalarType accumulating(const Tensor& weight) { return is_double(weight) ? ScalarType::Double : ScalarType::Float; }
+
+// A tensor [..., columns] as the kernels read it: itself where it is contiguous, else a matrix whose rows are
+Tensor with_rows(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  const std::array<int64_t, 2> flat{rows_of(t), t.size(t.dim() - 1)};
+  const Tensor matrix = t.dim() == 2 ? t : torch::stable::reshape(t, flat);
+  return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1) ? matrix : torch::stable::contiguous(matrix);
+}
 
 Tensor called(const char* name, const Tensor& a, const Tensor& b, const std::optional<Tensor>& c) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(c)};
@@ -186,20 +194,19 @@ dora_linear_backward(
     const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged,
     bool needs_direction, double doubtful_ratio) {
   const ScalarType dtype = accumulating(weight);
-  const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
   const Tensor a = constant(lora_A, dtype), b = constant(lora_B, dtype), m = constant(magnitude, dtype), n = constant(norm, dtype);
-  const Tensor grad = dense(g);
+  const Tensor grad = with_rows(g);
   std::optional<Tensor> grad_x, grad_A, grad_B, grad_magnitude, doubtful;
   if (needs_direction) grad_A = torch::stable::empty_like(a), grad_B = torch::stable::empty_like(b);
   if (y.has_value()) {
-    y = dense(*y);
+    y = with_rows(*y);
     grad_magnitude = torch::stable::empty_like(m);
     doubtful = torch::stable::new_empty(m, std::array<int64_t, 1>{m.numel()}, ScalarType::Bool);
   }
   if (bias.has_value()) bias = constant(*bias, dtype);
   if (needs_direction || y.has_value()) {
     const int64_t count = adapter_gradients(
-        dense(x), grad, y, a, b, m, n, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful, doubtful_ratio, false);
+        needs_direction ? with_rows(x) : x, grad, y, a, b, m, n, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful, doubtful_ratio, false);
     if (count == 0) doubtful = std::nullopt;
   }
   if (merged.has_value()) {

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> dora_linear(
     std::optional<Tensor> bias, double scaling, const Tensor& merged);
 
 // (grad_x, grad_A, grad_B, grad_magnitude, doubtful rows where there are some), absent where they are not asked for: grad_x by
-// `merged`, memory for the merged weight, the magnitude's by y.
+// `merged`, memory for the merged weight, the magnitude's by y. grad_x is [..., in], or a matrix where g is not contiguous.
 std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
 dora_linear_backward(
     const Tensor& g, const Tensor& x, std::optional<Tensor> y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,

@@ -1,4 +1,4 @@
-// The library's operators as torch sees them: schemas, checks before any memory is touched, and the parallel loops.
+// The library's operators as torch sees them: schemas, and the parallel loops of those that are no layer's.
 // Everything goes through LibTorch's stable ABI, so one build serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 

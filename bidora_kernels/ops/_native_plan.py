@@ -12,7 +12,6 @@ tokens stay in fp32.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -56,20 +55,6 @@ def in_bf16(product_dtype: torch.dtype, weight: Tensor, dropped: bool) -> bool:
     return bf16 and not dropped and native.multiplies_bf16()
 
 
-@functools.lru_cache(maxsize=4096)
-def _whole_layer_by_sizes(
-    tokens: int, shape: tuple[int, int], strides: tuple[int, int], stored: torch.dtype, bf16: bool, backward: bool
-) -> torch.dtype | None:
-    weight = torch.empty_strided(shape, strides, dtype=stored, device="meta")
-    dtype = reference.norm_dtype(weight)
-    if not backward and takes_few_tokens(tokens, weight, dtype, norm_known=False):
-        return None
-    operands = torch.bfloat16 if bf16 and dtype is not torch.float64 else dtype
-    if operands is dtype and not weight_plan_pays(tokens, weight, dtype, norm_known=backward, backward=backward):
-        return None
-    return operands if shape[0] <= rows_per_block(shape[1], operands) else None
-
-
 def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward: bool) -> torch.dtype | None:
     """The dtype of W' where one product with all of it is the layer's output, or its gradient of x; else None.
 
@@ -77,9 +62,14 @@ def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward:
     """
     if x.dim() < 2:
         return None
-    shape = weight.shape
-    tokens, bf16 = x.numel() // max(1, shape[1]), product_dtype is torch.bfloat16 and native.multiplies_bf16()
-    return _whole_layer_by_sizes(tokens, tuple(shape), weight.stride(), weight.dtype, bf16, backward)
+    out_features, in_features = weight.shape
+    tokens, dtype = x.numel() // max(1, in_features), reference.norm_dtype(weight)
+    if not backward and takes_few_tokens(tokens, weight, dtype, norm_known=False):
+        return None
+    operands = torch.bfloat16 if in_bf16(product_dtype, weight, dropped=False) else dtype
+    if operands is dtype and not weight_plan_pays(tokens, weight, dtype, norm_known=backward, backward=backward):
+        return None
+    return operands if out_features <= rows_per_block(in_features, operands) else None
 
 
 def kept_dtype(
@@ -258,8 +248,7 @@ def backward(
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = doubtful = None
     whole = False
     if not (dropped or by_library or x.dim() < 2 or (needs_output and kept is None)):
-        operands = whole_layer(x, weight, product_dtype, backward=True) if needs_x else grad_output.dtype
-        whole = operands is grad_output.dtype
+        whole = not needs_x or whole_layer(x, weight, product_dtype, backward=True) is grad_output.dtype
     if whole:
         block = workspace(weight.shape[0], weight.shape[1], grad_output.dtype, _is_transposed(weight)) if needs_x else None
         grad_x, grad_A, grad_B, grad_magnitude, doubtful = native.dora_linear_backward(

@@ -7,7 +7,7 @@ namespace bidora {
 namespace BIDORA_ISA {
 
 template <typename T>
-constexpr int64_t kAhead = 4096 / (kPanel<T> * sizeof(T));  // panels between a request for memory and its use
+constexpr int64_t kAhead = kAheadBytes / (kPanel<T> * sizeof(T));  // the same in panels
 constexpr int64_t kFlush = 32;  // panels summed in T before the sum moves to double
 
 template <typename T>
@@ -162,17 +162,13 @@ static void block_squares(
     for (int64_t c = rest; c < width; ++c) copy[c] = T(0);
     in[i] = copy;
   }
-  // memory is requested kAhead panels ahead, beyond panel `turn` in what comes next; where these are copies only that is
   const int64_t stride = a.weight.stride * bytes_of(a.weight.dtype), panel_bytes = kPanel<T> * bytes_of(a.weight.dtype);
-  const int64_t turn = in_place && count > kAhead<T> ? count - kAhead<T> : 0;
-  const char *here = reinterpret_cast<const char*>(in[0] + kAhead<T> * kPanel<T>), *then = next - turn * panel_bytes;
   const Left<T, ROWS, DEPTH> left(a.left + row * a.r, a.r);
   Vector<T> acc[ROWS][2], sums[ROWS] = {};
   for (int64_t p = 0; p < count; ++p) {
-    const char* ahead = p < turn ? here : then;
     for (int i = 0; i < ROWS; ++i) {
       at[i] = in[i] + p * kPanel<T>;
-      prefetch(ahead + i * stride + p * panel_bytes, panel_bytes);
+      prefetch(next + i * stride + p * panel_bytes, panel_bytes);
     }
     left.product(at, nullptr, a.panels + (first + p) * a.r * kPanel<T>, acc);
     for (int i = 0; i < ROWS; ++i) {

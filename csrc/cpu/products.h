@@ -34,8 +34,6 @@ BIDORA_INLINE void panel_product(
   }
 }
 
-constexpr int64_t kStreamAhead = 4096;  // bytes between a request for memory, for the L2 cache, and its use
-
 // out[j * out_stride + i] = <rows[i], right[j * right_stride + :]>; FIRST: nothing has read these rows yet
 template <typename T, int ROWS, int COLS, bool FIRST>
 BIDORA_INLINE void dot_tile(
@@ -46,7 +44,7 @@ BIDORA_INLINE void dot_tile(
     Vector<T> x[ROWS];
     for (int i = 0; i < ROWS; ++i) {
       x[i] = load(rows[i] + c);
-      if (FIRST) __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + c) + kStreamAhead, 0, 2);
+      if (FIRST) __builtin_prefetch(reinterpret_cast<const char*>(rows[i] + c) + kAheadBytes, 0, 2);
     }
     for (int j = 0; j < COLS; ++j) {
       Vector<T> m = load(right + j * right_stride + c);

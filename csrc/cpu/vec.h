@@ -45,6 +45,8 @@ BIDORA_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+constexpr int64_t kAheadBytes = 4096;  // between a request for memory and its use, in rows that come from it
+
 // Requests the lines of memory that a panel's `bytes` from `p` on are in, for the L2 cache: from there they come in time
 BIDORA_INLINE void prefetch(const void* p, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line, 0, 2);

@@ -204,6 +204,21 @@ def test_a_frozen_input_gets_no_product(monkeypatch: pytest.MonkeyPatch) -> None
     assert merged == [None]
 
 
+@pytest.mark.parametrize("tokens", [(90,), (6, 15)], ids=str)
+def test_columns_of_wider_tensors_are_read_in_place(tokens: tuple[int, ...]) -> None:
+    call = draw(14, 30, 40, 4, tokens)
+    wide = torch.cat([call.x, call.x], dim=-1)
+    found = []
+    for backend in ("native", "reference"):
+        x = wide.detach().requires_grad_()
+        leaves = [x, *(t.detach().requires_grad_() for t in (call.lora_A, call.lora_B, call.magnitude))]
+        with bk.use_backend(backend):
+            y = bk.functional.dora_linear(x[..., 40:], call.weight, *leaves[1:], call.scaling, call.bias)
+        around = torch.cat([y, y.square(), y], dim=-1)  # its gradient reaches y as columns of a wider one
+        found.append(torch.autograd.grad(around.sin().sum(), leaves))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_one_row_without_a_dimension_of_its_own() -> None:
     call = draw(13, tokens=())
     lora_A = call.lora_A.requires_grad_()

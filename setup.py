@@ -85,7 +85,8 @@ def options() -> dict[str, object]:
     if reason is not None:
         print(f"bidora-kernels installs without its native CPU library: {reason}")
         return {}
-    extension = Extension("bidora_kernels._native", sources=["csrc/registration.cpp", "csrc/layer.cpp"])
+    depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".md"})
+    extension = Extension("bidora_kernels._native", sources=["csrc/registration.cpp", "csrc/layer.cpp"], depends=depends)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, t
     assert "--no-build-isolation" in reason
     (tmp_path / "_native.so").write_bytes(b"not a library")
     assert "does not load" in str(native.why_unavailable.__wrapped__())
+
+
+def test_a_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "egg_info",
+        "--egg-base",
+        str(tmp_path),
+        "sdist",
+        "--dist-dir",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/csrc/" in name}
+    sources = {str(path.relative_to(root)) for path in (root / "csrc").rglob("*") if path.suffix in {".cpp", ".h"}}
+    assert sources
+    assert sources <= held
 
 
 def test_importing_the_package_loads_nothing() -> None:

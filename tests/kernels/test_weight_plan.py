@@ -357,7 +357,7 @@ def test_sizes_that_auto_leaves_to_plain_torch(monkeypatch: pytest.MonkeyPatch) 
     model = torch.nn.Sequential(torch.nn.Linear(104, 72), torch.nn.Linear(72, 3))
     report = bk.apply_dora(model, bk.DoraConfig(r=2, target_modules=["0", "1"]))
     assert "plain PyTorch" not in str(report)
-    monkeypatch.setattr(_backend, "resolve", lambda device_type: "triton")  # what auto resolves to on a GPU
+    monkeypatch.setattr(_backend, "_auto", lambda device_type: "triton")  # what auto resolves to on a GPU
     assert model[0].plan(5).name != "reference"
     assert model[1].plan(5).reason == "plain PyTorch: [3, 72] are not both multiples of 8"
     described = describe(model, [], {}).layers

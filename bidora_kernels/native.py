@@ -43,10 +43,16 @@ def multiplies_bf16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
+def is_transposed(weight: Tensor) -> bool:
+    """Whether [out, in] is the transposed view of a matrix [in, out] with contiguous rows (transformers' Conv1D)."""
+    rows, columns = weight.stride()
+    return rows == 1 and columns != 1 and columns >= weight.shape[0] > 1
+
+
 def stored(weight: Tensor) -> Tensor:
     """The weight where the kernels can read it in place (rows or columns contiguous), else a contiguous copy."""
     rows, columns = weight.stride()
-    fits = (columns == 1 and rows >= weight.shape[1]) or (rows == 1 and columns >= weight.shape[0])
+    fits = (columns == 1 and rows >= weight.shape[1]) or is_transposed(weight)
     return weight if fits else weight.contiguous()
 
 

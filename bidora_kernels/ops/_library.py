@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..native import is_transposed
+
 LIBRARY = torch.library.Library("bidora_kernels", "DEF")
 NAMESPACE = "bidora_kernels"
 
@@ -53,8 +55,8 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def like_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new [out, in] tensor; it is a transposed view where the weight is one (transformers' Conv1D)."""
-    if weight.stride(0) == 1 and weight.stride(1) != 1:
+    """A new [out, in] tensor; it is a transposed view where the weight is one."""
+    if is_transposed(weight):
         return weight.new_empty(weight.shape[1], weight.shape[0], dtype=dtype).t()
     return weight.new_empty(weight.shape, dtype=dtype)
 

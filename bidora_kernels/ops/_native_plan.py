@@ -44,7 +44,7 @@ def weight_plan_pays(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known
 
 def takes_few_tokens(tokens: int, weight: Tensor, dtype: torch.dtype, norm_known: bool) -> bool:
     """Whether one kernel computes the whole output, instead of either plan's products; a weight in any dtype is read in place."""
-    if tokens > FEW_TOKENS or _is_transposed(weight):
+    if tokens > FEW_TOKENS or native.is_transposed(weight):
         return False
     return weight.dtype != dtype or not weight_plan_pays(tokens, weight, dtype, norm_known)
 
@@ -82,10 +82,6 @@ def kept_dtype(
     """
     dtype = reference.norm_dtype(weight)
     return dtype if keeps and (dropped or (precise and out_dtype != dtype)) else None
-
-
-def _is_transposed(weight: Tensor) -> bool:
-    return weight.stride(0) == 1 and weight.stride(1) != 1
 
 
 class Layer:
@@ -139,7 +135,7 @@ class Layer:
         weight, lora_B, magnitude = self.weight, self.lora_B, self.magnitude
         if part is not None:
             weight, lora_B, magnitude, norm = weight[part], lora_B[part], magnitude[part], norm[part]
-        block = workspace(weight.shape[0], weight.shape[1], self.operands, _is_transposed(weight))
+        block = workspace(weight.shape[0], weight.shape[1], self.operands, native.is_transposed(weight))
         dither = self.operands is not self.dtype
         native.merged_weight(weight, self.lora_A, lora_B, magnitude, self.scaling, norm, block, norm_known, minus_weight, dither)
         return block
@@ -156,7 +152,7 @@ class Layer:
             return
         for part in self.parts():
             weight = self.weight[part]
-            yield part, workspace(weight.shape[0], weight.shape[1], self.dtype, _is_transposed(weight)).copy_(weight)
+            yield part, workspace(weight.shape[0], weight.shape[1], self.dtype, native.is_transposed(weight)).copy_(weight)
 
 
 def forward(
@@ -182,7 +178,7 @@ def forward(
     if norm is None and x_dropped is None and not precise:
         operands = whole_layer(x, weight, product_dtype, backward=False)
         if operands is not None:
-            block = workspace(weight.shape[0], weight.shape[1], operands, _is_transposed(weight))
+            block = workspace(weight.shape[0], weight.shape[1], operands, native.is_transposed(weight))
             y, norm = native.dora_linear(as_dtype(x, operands), weight, lora_A, lora_B, magnitude, bias, scaling, block)
             return as_dtype(y, out_dtype), norm, None, ()
     x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
@@ -250,7 +246,7 @@ def backward(
     if not (dropped or by_library or x.dim() < 2 or (needs_output and kept is None)):
         whole = not needs_x or whole_layer(x, weight, product_dtype, backward=True) is grad_output.dtype
     if whole:
-        block = workspace(weight.shape[0], weight.shape[1], grad_output.dtype, _is_transposed(weight)) if needs_x else None
+        block = workspace(weight.shape[0], weight.shape[1], grad_output.dtype, native.is_transposed(weight)) if needs_x else None
         grad_x, grad_A, grad_B, grad_magnitude, doubtful = native.dora_linear_backward(
             grad_output, x, kept if needs_output else None, weight, lora_A, lora_B, magnitude, norm, bias, scaling, block,
             needs_direction,

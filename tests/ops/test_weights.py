@@ -265,3 +265,23 @@ def test_compiled_without_a_break(name: str) -> None:
             value = function(*leaves)
         found.append([value, *torch.autograd.grad(value.square().sum(), leaves[:2])])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.linspace(0.5, 1.5, 12)[:, None].expand(12, 40), torch.linspace(-1, 1, 80).reshape(40, 2)[:, :1].t()],
+    ids=["expanded", "one row"],
+)
+def test_a_weight_that_only_looks_transposed(weight: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    out_features, in_features = weight.shape
+    lora_A, lora_B = torch.randn(3, in_features, generator=generator), torch.randn(out_features, 3, generator=generator)
+    magnitude, x = torch.rand(out_features, generator=generator) + 0.5, torch.randn(70, in_features, generator=generator)
+    found = []
+    for backend in ("native", "reference"):
+        leaves = [t.detach().requires_grad_() for t in (x, lora_A, lora_B, magnitude)]
+        with bk.use_backend(backend):
+            y = bk.functional.dora_linear(leaves[0], weight, *leaves[1:], 2.0)
+            merged = bk.functional.merged_weight(weight, lora_A, lora_B, magnitude, 2.0)
+        found.append((y.detach(), merged, *torch.autograd.grad(y.square().sum(), leaves)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-3)

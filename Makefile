@@ -48,7 +48,7 @@ clean:
 SEEDS ?= 0 1 2
 demo-seeds: $(INSTALLED)
 	for seed in $(SEEDS); do \
-	  for job in "bidora-search --method bidora --horizon 1 --retrain-from search" "bidora-init --method bidora --horizon 1 --retrain-from init" \
+	  for job in "bidora-search --method bidora --retrain-from search" "bidora-init --method bidora --retrain-from init" \
 	             "dora-150 --method dora --steps 90" "dora-240 --method dora --steps 180"; do \
 	    set -- $$job; name=$$1; shift; \
 	    $(BIN)/bidora train --preset demo "$$@" --seed $$seed --test-examples 1000 --output runs/seeds/$$name-$$seed --overwrite || exit 1; \

@@ -68,7 +68,7 @@ class BuildNative(build_ext):
             defines = [f"-DBIDORA_ISA={name}", f"-DBIDORA_VECTOR_BYTES={width}"]
             compile_("csrc/cpu/table.cpp", name, [*defines, *flags])
         compile_("csrc/cpu/dispatch.cpp", "any", ["-DBIDORA_HAS_X86_LEVELS"] if x86 else [])
-        for source in ("csrc/layer.cpp", "csrc/registration.cpp"):
+        for source in ext.sources:
             compile_(source, "any", headers)
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[str(library)], extra_postargs=extra
@@ -86,7 +86,7 @@ def options() -> dict[str, object]:
         print(f"bidora-kernels installs without its native CPU library: {reason}")
         return {}
     depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".md"})
-    extension = Extension("bidora_kernels._native", sources=["csrc/registration.cpp", "csrc/layer.cpp"], depends=depends)
+    extension = Extension("bidora_kernels._native", sources=["csrc/layer.cpp", "csrc/registration.cpp"], depends=depends)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 

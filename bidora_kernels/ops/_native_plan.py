@@ -55,6 +55,18 @@ def in_bf16(product_dtype: torch.dtype, weight: Tensor, dropped: bool) -> bool:
     return bf16 and not dropped and native.multiplies_bf16()
 
 
+def takes_weight_plan(tokens: int, weight: Tensor, operands: torch.dtype, norm_known: bool, backward: bool = False) -> bool:
+    """Whether W' is written; bf16 operands mean one."""
+    dtype = reference.norm_dtype(weight)
+    return operands is not dtype or weight_plan_pays(tokens, weight, dtype, norm_known, backward)
+
+
+def fits_workspace(weight: Tensor, operands: torch.dtype) -> bool:
+    """Whether one part is the whole layer."""
+    out_features, in_features = weight.shape
+    return out_features <= rows_per_block(in_features, operands)
+
+
 def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward: bool) -> torch.dtype | None:
     """The dtype of W' where one product with all of it is the layer's output, or its gradient of x; else None.
 
@@ -62,14 +74,12 @@ def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward:
     """
     if x.dim() < 2:
         return None
-    out_features, in_features = weight.shape
-    tokens, dtype = x.numel() // max(1, in_features), reference.norm_dtype(weight)
+    tokens, dtype = x.numel() // max(1, weight.shape[1]), reference.norm_dtype(weight)
     if not backward and takes_few_tokens(tokens, weight, dtype, norm_known=False):
         return None
     operands = torch.bfloat16 if in_bf16(product_dtype, weight, dropped=False) else dtype
-    if operands is dtype and not weight_plan_pays(tokens, weight, dtype, norm_known=backward, backward=backward):
-        return None
-    return operands if out_features <= rows_per_block(in_features, operands) else None
+    merges = takes_weight_plan(tokens, weight, operands, norm_known=backward, backward=backward)
+    return operands if merges and fits_workspace(weight, operands) else None
 
 
 def kept_dtype(
@@ -114,21 +124,12 @@ class Layer:
         x, dtype = flatten(x), dtype or self.dtype
         return rows(x if x.dtype is dtype else x.to(dtype))
 
-    def takes_weight_plan(self, tokens: int, norm_known: bool, backward: bool = False) -> bool:
-        """Whether W' is written; bf16 operands mean one."""
-        return self.operands is not self.dtype or weight_plan_pays(tokens, self.weight, self.dtype, norm_known, backward)
-
     def parts(self) -> Iterator[slice]:
         """Slices of the output features, each with a merged weight that fits the workspace."""
         out_features, in_features = self.weight.shape
         step = rows_per_block(in_features, self.operands)
         for start in range(0, out_features, step):
             yield slice(start, min(start + step, out_features))
-
-    def fits_workspace(self) -> bool:
-        """Whether one part is the whole layer."""
-        out_features, in_features = self.weight.shape
-        return out_features <= rows_per_block(in_features, self.operands)
 
     def merged(self, norm: Tensor, norm_known: bool, minus_weight: bool = False, part: slice | None = None) -> Tensor:
         """W' of a part of the output features (all without one) in the workspace; norms are filled in unless they are known."""
@@ -188,7 +189,7 @@ def forward(
         weight, lora_A, lora_B, magnitude, bias, scaling, not few and in_bf16(product_dtype, weight, x_dropped is not None)
     )
     norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
-    if x_dropped is None and not few and layer.takes_weight_plan(x.shape[0], norm_known):
+    if x_dropped is None and not few and takes_weight_plan(x.shape[0], weight, layer.operands, norm_known):
         kept = y = _outputs(layer, layer.flat(x, layer.operands), norm, layer.bias, norm_known)
     else:
         x = layer.flat(x)
@@ -283,11 +284,8 @@ def backward(
             grad_x = _product(g, layer.frozen_blocks(), weight.shape[1]) if needs_x else None
             if needs_dropped:
                 grad_dropped = _product(g, layer.merged_blocks(norm, minus_weight=True), weight.shape[1])
-        elif layer.takes_weight_plan(g.shape[0], norm_known=True, backward=True):
-            if layer.fits_workspace():
-                grad_x = torch.mm(g, layer.merged(norm, norm_known=True))
-            else:
-                grad_x = _product(g, layer.merged_blocks(norm), weight.shape[1])
+        elif takes_weight_plan(g.shape[0], weight, layer.operands, norm_known=True, backward=True):
+            grad_x = _product(g, layer.merged_blocks(norm), weight.shape[1])
         else:
             scaled = g * reference.row_scale(layer.magnitude, norm)
             grad_x = torch.mm(scaled, weight).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
@@ -305,7 +303,7 @@ def _outputs(layer: Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_kn
     """x W'^T + bias, [tokens, out]."""
     if bias is not None and bias.dtype is not layer.operands:
         bias = bias.to(layer.operands)
-    if layer.fits_workspace():
+    if fits_workspace(layer.weight, layer.operands):
         transposed = layer.merged(norm, norm_known).t()
         return torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)
     y = x.new_empty(x.shape[0], layer.weight.shape[0])

@@ -11,15 +11,10 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-import torch
-
 from .flat import Vector
 
 if TYPE_CHECKING:
     from .train_loss import TrainLoss
-
-RELATIVE_RADIUS_CEILING = 0.005  # of the directions' length; beyond it truncation dominates late in training, 16-bit or not
-CENTRAL_FACTOR = 0.2  # eps^(1/3) itself left an error of 6e-2 after 400 steps of MiniLM with every linear adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +78,9 @@ class CentralDifference(Estimator):
 
     Passes: two more over the train batch, of the magnitudes' gradient only. Memory: w and a second copy of the directions; no
     graph is kept between passes. Error O(e^2); e |w| is the radius. `at`: around the directions "before" the lower step, as the
-    paper writes, or "after" it, as its code and Betty do. `relative_radius`: the
-    radius as a fraction of the directions' length; None takes it from the compute dtype. To be taken where a one-sided
-    difference is too coarse: large steps, strong curvature.
+    paper writes, or "after" it, as its code and Betty do. `relative_radius`: the radius as a fraction of the directions' length;
+    None takes it from the compute dtype (fp32 3.4e-4, as tf32, bf16 and fp16 5e-3). To be taken where a one-sided difference is
+    too coarse: 16-bit passes, strong curvature.
     """
 
     at: str = "before"
@@ -111,7 +106,7 @@ class ForwardDifference(Estimator):
     Passes: one more over the train batch, of the magnitudes' gradient only: the gradient at V comes with the lower pass on the
     same rows (where `difference_batch` is a callable it is computed again on that part). Memory: w, a second copy of the
     directions and one gradient of the magnitudes; no graph is kept between passes. Error O(e). `relative_radius` as in
-    `CentralDifference`. The right choice nearly always.
+    `CentralDifference` (fp32 6.9e-5, bf16 5e-3). The right choice nearly always.
     """
 
     relative_radius: float | None = None
@@ -168,25 +163,6 @@ class ForwardMode(Estimator):
     def mixed_derivative(self, loss: TrainLoss, vector: Vector) -> Vector:
         """One pass with tangents."""
         return loss.forward_mode(vector)
-
-
-def relative_radius(dtype: torch.dtype, central: bool) -> float:
-    """The perturbation's length as a fraction of the directions', for passes computed in `dtype`.
-
-    Rounding costs about eps / radius and truncation radius^2 (central) or radius (one-sided); their sum is least at a
-    multiple of eps^(1/3) and of eps^(1/2); the multiples were measured.
-    """
-    eps = torch.finfo(dtype).eps
-    return min(RELATIVE_RADIUS_CEILING, CENTRAL_FACTOR * eps ** (1 / 3) if central else eps ** (1 / 2))
-
-
-def noise_floor(dtype: torch.dtype) -> float:
-    """The change of a gradient, over its length, below which a difference is rounding.
-
-    Measured with perturbations too short to see: up to 27 eps in fp32, 0.4 eps under bf16 autocast, whose sums are in fp32.
-    """
-    eps = torch.finfo(dtype).eps
-    return eps if eps > 1e-4 else 30.0 * eps
 
 
 def _check_at(at: str) -> None:

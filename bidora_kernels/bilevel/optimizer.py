@@ -16,6 +16,7 @@ from .batches import first_share
 from .estimators import Estimator, FirstOrder
 from .flat import FlatParameters, Vector, add, is_finite, scaled
 from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
+from .radius import coarsest_dtype
 from .sama import Sama, check_lower_optimizer, step_derivative
 from .sharding import whole_value
 from .snapshot import RandomState, Undo
@@ -36,13 +37,13 @@ class BilevelOptimizer:
     penalty: a callable model -> scalar, added to the lower level's loss. upper_every: an upper part on the first of every that
     many steps. lower_scheduler, upper_scheduler: stepped once per step of their level. lower_max_norm, upper_max_norm: clip the
     gradient, the hypergradient. grad_scaler: scales every pass; one pass that is not finite skips both updates. compute_dtype:
-    what the passes compute in, for the differences' radius; None takes what the DoRA layers saw, else the parameters' dtype.
-    difference_batch: what the second-order term's passes use of the train batch, None for all of it. A share, as 0.5: its first
-    rows (keep them in random order) or MicroBatches, and the lower pass of an upper step takes it in two parts, weighted by rows:
-    the loss must be a mean over rows (a dict with token labels, whose is not, is left whole). A callable train batch -> part: any
-    part, at the price of a base pass of its own. process_group: average over its processes; under DistributedDataParallel the
-    default group is taken. Under FSDP2 (`fully_shard` before the optimizers are made) every process holds its shards; estimators
-    that differentiate twice, a penalty and a grad_scaler are refused there.
+    what the passes compute in, for the differences' radius; None takes what the DoRA layers saw, else the parameters' dtype,
+    and tf32 where fp32 products run in it. difference_batch: what the second-order term's passes use of the train batch, None
+    for all of it. A share, as 0.5: its first rows (keep them in random order) or MicroBatches, and the lower pass of an upper
+    step takes it in two parts, weighted by rows: the loss must be a mean over rows (a dict with token labels, whose is not, is
+    left whole). A callable train batch -> part: any part, at the price of a base pass of its own. process_group: average over
+    its processes; under DistributedDataParallel the default group is taken. Under FSDP2 (`fully_shard` before the optimizers are
+    made) every process holds its shards; estimators that differentiate twice, a penalty and a grad_scaler are refused there.
 
     The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
     anything raises changes nothing. After a step `.grad` is None. Random numbers: the train pass runs from the current state, the
@@ -258,7 +259,8 @@ class BilevelOptimizer:
                 self._times_xi(vector)
             if callable(self.difference_batch):
                 part = self.difference_batch(train_batch)
-            dtype = self._radius_dtype(seen)
+            seen |= {buffer.dtype for buffer in flat.buffers}
+            dtype = self.compute_dtype or coarsest_dtype(seen, flat.buffers[0].device)
             loss = TrainLoss(passes, loss_fn, part, start, before, after, base, dtype, self.penalty, point)
             try:
                 result.second_order = self._second_order(loss, vector)
@@ -307,12 +309,6 @@ class BilevelOptimizer:
             rates = {id(parameter): float(self.xi) for parameter in self._direction.parameters}
         torch._foreach_mul_(self._direction.views(vector), [rates[id(p)] for p in self._direction.parameters])
         return vector
-
-    def _radius_dtype(self, seen: set[torch.dtype]) -> torch.dtype:
-        """The coarsest dtype that a difference goes through."""
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        return max(seen | {buffer.dtype for buffer in self._direction.buffers}, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _terms(self, result: Hypergradient) -> tuple[Vector, Vector]:
         direct = self._magnitude.zeros() if result.direct is None else result.direct

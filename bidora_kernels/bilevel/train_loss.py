@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops._context import DirectionPoint, pass_mode
 from .batches import parts_of
-from .estimators import noise_floor, relative_radius
 from .flat import Vector, add, scaled
 from .passes import LossFunction, Passes, checked_loss
+from .radius import noise_floor, relative_radius
 from .snapshot import RandomState
 
 

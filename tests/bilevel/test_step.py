@@ -342,7 +342,7 @@ def test_the_radius_follows_the_compute_dtype() -> None:
         optimizer = bert_optimizer(small_bert(dtype=torch.float32), estimator=bk.ForwardDifference(), xi=1.0, **options)
         length = flat(list(bk.split_parameters(optimizer.model)[0])).norm()
         radii[name] = optimizer.step(loss, TRAIN, VALIDATION).radius / float(length)
-    assert radii["fp32"] == pytest.approx(torch.finfo(torch.float32).eps ** 0.5, rel=1e-4)
+    assert radii["fp32"] == pytest.approx(0.2 * torch.finfo(torch.float32).eps ** 0.5, rel=1e-4)
     assert radii["bf16"] == pytest.approx(0.005, rel=1e-4)
     assert radii["told"] == pytest.approx(0.005, rel=1e-4)
 

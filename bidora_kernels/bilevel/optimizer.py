@@ -16,7 +16,7 @@ from .batches import first_share
 from .estimators import Estimator, FirstOrder
 from .flat import FlatParameters, Vector, add, is_finite, scaled
 from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
-from .radius import coarsest_dtype
+from .radius import coarsest_dtype, weight_dtypes
 from .sama import Sama, check_lower_optimizer, step_derivative
 from .sharding import whole_value
 from .snapshot import RandomState, Undo
@@ -83,6 +83,7 @@ class BilevelOptimizer:
         self.process_group = process_group
         self._steps = 0
         self._left: tuple[DirectionPoint, Vector] | None = None  # where a validation pass ran and the step ended
+        self._seen = weight_dtypes(model)  # what the latest pass that said so computed in; compiled ones may not say
         self._advice = Advice()
         self._check()
         self._direction = FlatParameters(_parameters(lower))
@@ -250,7 +251,7 @@ class BilevelOptimizer:
             result.left = kept, after
         if estimator.has_second_order:
             vector = flat.gather(validation.direction)
-            seen = validation.seen_dtypes
+            self._seen = validation.seen_dtypes or self._seen
             del validation
             if jacobian is not None:
                 torch._foreach_mul_(vector, jacobian)
@@ -259,8 +260,8 @@ class BilevelOptimizer:
                 self._times_xi(vector)
             if callable(self.difference_batch):
                 part = self.difference_batch(train_batch)
-            seen |= {buffer.dtype for buffer in flat.buffers}
-            dtype = self.compute_dtype or coarsest_dtype(seen, flat.buffers[0].device)
+            dtypes = self._seen | {buffer.dtype for buffer in flat.buffers}
+            dtype = self.compute_dtype or coarsest_dtype(dtypes, flat.buffers[0].device)
             loss = TrainLoss(passes, loss_fn, part, start, before, after, base, dtype, self.penalty, point)
             try:
                 result.second_order = self._second_order(loss, vector)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _library as library
+from ._context import eager_mode
 
 
 @functools.cache
@@ -78,6 +79,7 @@ def _forward(
         x, weight, lora_A, lora_B, magnitude, norm_given, bias, x_dropped, scaling, detach_norm, precise, product_dtype,
         out_dtype, keeps, backend, plan, merged,
     )  # fmt: skip
+    eager_mode().saw(product_dtype)  # functional.py, which says so for eager calls, is only traced where a model is compiled
     # an operator may not return one of its inputs, nor the same memory twice
     return y, norm if norm_given is None else x.new_empty(0), x.new_empty(0) if kept is None else kept
 

@@ -26,7 +26,8 @@ def norm_dtype(weight: Tensor) -> torch.dtype:
 def direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """V = weight + scaling * lora_B @ lora_A, [out, in], in the norm's dtype."""
     dtype = norm_dtype(weight)
-    return weight.to(dtype) + scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight.to(dtype) + scaling * (lora_B.to(dtype) @ lora_A.to(dtype))
 
 
 def _row_norm(updated: Tensor) -> Tensor:
@@ -64,7 +65,8 @@ def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Ten
 def orthogonality_penalty(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """R = ||Vhat Vhat^T - I||_F^2 with Vhat = V / n (BiDoRA, arXiv:2410.09758, eq. 3); rows below NORM_FLOOR are left out."""
     unit = normalized_direction(weight, lora_A, lora_B, scaling)
-    gram = unit @ unit.mT
+    with torch.autocast(weight.device.type, enabled=False):
+        gram = unit @ unit.mT
     kept = (gram.detach().diagonal() > 0.5).to(gram.dtype)  # a kept row has length 1, a left-out one 0
     return (gram - torch.diag(kept)).square().sum()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -378,3 +379,23 @@ def test_cached_norms_are_not_taken_for_those_of_a_storage_at_the_same_address()
             y = layer(x)
             layer.clear_cache()
             assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_a_fused_optimizer_in_eval_mode(optimizer: Any) -> None:
+    """Its step does not show in the tensors' versions; the kept norms and a prepared decode must not outlive it."""
+    torch.manual_seed(0)
+    layer = bk.FusedDoraLinear.from_linear(nn.Linear(16, 16), r=2).eval()
+    x = torch.randn(3, 16)
+    trainer = optimizer([layer.lora_A, layer.lora_B, layer.magnitude], lr=1e-2, fused=True)
+    for _ in range(5):
+        with torch.no_grad():
+            before = layer(x)
+        layer(x).square().sum().backward()
+        trainer.step()
+        trainer.zero_grad()
+        with torch.no_grad():
+            kept = layer(x)
+            layer.clear_cache()
+            assert not torch.equal(kept, before)
+            torch.testing.assert_close(kept, layer(x))

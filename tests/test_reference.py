@@ -246,3 +246,12 @@ class TestAgainstPeft:
         assert lora_A.dtype == torch.float32
         x = torch.randn(2, 9, 24, dtype=torch.bfloat16).requires_grad_()
         self.compare(layer, x, layer.base_layer.weight, 1.5e-2, autocast)  # four roundings to bf16 (eps 2^-8) in PEFT's way
+
+
+def test_norms_are_in_fp32_under_autocast() -> None:
+    torch.manual_seed(0)
+    weight, lora_A, lora_B = torch.randn(8, 16), torch.randn(2, 16), torch.randn(8, 2)
+    for operation in (reference.weight_norm, reference.normalized_direction, reference.orthogonality_penalty):
+        wanted = operation(weight, lora_A, lora_B, 0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(operation(weight, lora_A, lora_B, 0.5), wanted)

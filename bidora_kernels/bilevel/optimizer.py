@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +12,14 @@ from torch import Tensor, nn
 
 from ..ops._context import DirectionPoint
 from .batches import first_share
+from .checks import check_groups, check_levels, check_settings, check_sharding, dora_layers
 from .estimators import Estimator, FirstOrder
 from .flat import FlatParameters, Vector, add, is_finite, scaled
 from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
-from .radius import coarsest_dtype, weight_dtypes
-from .sama import Sama, check_lower_optimizer, step_derivative
+from .radius import coarsest_dtype
+from .sama import Sama, step_derivative
 from .sharding import whole_value
-from .snapshot import RandomState, Undo
+from .snapshot import PassState, Undo, with_statistics
 from .stats import Advice, Hypergradient, StepStats, step_stats
 from .train_loss import TrainLoss
 
@@ -46,9 +46,10 @@ class BilevelOptimizer:
     made) every process holds its shards; estimators that differentiate twice, a penalty and a grad_scaler are refused there.
 
     The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
-    anything raises changes nothing. After a step `.grad` is None. Random numbers: the train pass runs from the current state, the
-    validation pass goes on from there, the passes of the second-order term rewind to the train pass's start, and the step ends
-    where train and validation end; torch's generators only.
+    anything raises changes nothing. After a step `.grad` is None; a parameter that had no gradient is not moved. Random numbers
+    and running statistics: the train pass runs from the current state, the validation pass goes on from there, the passes of the
+    second-order term rewind to the train pass's start, and the step ends where train and validation end; of random numbers
+    torch's generators only, of statistics those of batch and instance normalization, not a module's other buffers.
 
     Raises TypeError or ValueError for settings that do not fit together.
     """
@@ -83,53 +84,19 @@ class BilevelOptimizer:
         self.process_group = process_group
         self._steps = 0
         self._left: tuple[DirectionPoint, Vector] | None = None  # where a validation pass ran and the step ended
-        self._seen = weight_dtypes(model)  # what the latest pass that said so computed in; compiled ones may not say
+        self._seen: set[torch.dtype] = set()  # what the latest pass that said so computed in; compiled ones may not say
+        self._normalizing = with_statistics(model)
         self._advice = Advice()
-        self._check()
+        check_settings(self)
         self._direction = FlatParameters(_parameters(lower))
         self._magnitude = FlatParameters(_parameters(upper))
         if {id(p) for p in self._direction.parameters} & {id(p) for p in self._magnitude.parameters}:
             raise ValueError("a parameter is in both the lower and the upper optimizer")
-        self._check_sharding()
+        check_sharding(self)
+        check_levels(self)
         self._distributed = process_group is not None or (
             isinstance(model, nn.parallel.DistributedDataParallel) and dist.is_available() and dist.is_initialized()
         )
-
-    def _check(self) -> None:
-        if not isinstance(self.estimator, Estimator):
-            raise TypeError(f"estimator must be one of this library's estimators, got {type(self.estimator).__name__}")
-        if self.unroll not in ("optimizer", "gradient"):
-            raise ValueError(f'unroll must be "optimizer" or "gradient", got {self.unroll!r}')
-        if not self.estimator.takes_xi and (self.xi is not None or self.unroll != "optimizer"):
-            raise ValueError(f"{type(self.estimator).__name__} takes neither xi nor unroll")
-        if not (self.xi is None or self.xi == "lr" or _in_range(self.xi, 0.0, sys.float_info.max)):
-            raise ValueError(f'xi must be None, "lr" or a number of 0 or more, got {self.xi!r}')
-        if not isinstance(self.upper_every, int) or isinstance(self.upper_every, bool) or self.upper_every < 1:
-            raise ValueError(f"upper_every must be a positive integer, got {self.upper_every!r}")
-        for name in ("lower_max_norm", "upper_max_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be a positive number or None, got {value}")
-        if not ((share := self.difference_batch) is None or callable(share) or (share != 0 and _in_range(share, 0.0, 1.0))):
-            raise ValueError(f"difference_batch must be a share over 0 and up to 1, a callable or None, got {share!r}")
-        if self.compute_dtype is not None and not self.compute_dtype.is_floating_point:
-            raise TypeError(f"compute_dtype must be a floating-point dtype, got {self.compute_dtype}")
-        if isinstance(self.estimator, Sama):
-            check_lower_optimizer(self.lower)
-
-    def _check_sharding(self) -> None:
-        if (self._direction.group is None) != (self._magnitude.group is None):
-            raise TypeError("the parameters of both levels must be sharded, or of neither")
-        if self._direction.group is None:
-            return
-        if self.estimator.differentiates_twice:
-            raise TypeError(
-                f"{self.estimator!r} differentiates twice, which sharded parameters do not allow: take Sama(), "
-                "ForwardDifference() or CentralDifference()"
-            )
-        for name in ("penalty", "grad_scaler", "process_group"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} is not supported with sharded parameters")
 
     @property
     def needs_validation(self) -> bool:
@@ -153,7 +120,7 @@ class BilevelOptimizer:
                 self._compute(result, watch, undo, loss_fn, train_batch, val_batch if with_upper else None, keep=True)
                 stats = self._finish(result, watch)
             except NonFinitePass as error:
-                undo.restore(random_state=False)
+                undo.restore(passes=False)
                 self._tell_scaler(finite=False)
                 _clear_grads(self)
                 return step_stats(result, watch, self._magnitude, skipped=str(error))
@@ -188,6 +155,7 @@ class BilevelOptimizer:
             undo.restore()
 
     def _refresh(self) -> None:
+        check_groups(self)
         self._magnitude.refresh()
         if self._direction.refresh():
             self._left = None
@@ -212,7 +180,7 @@ class BilevelOptimizer:
         """Run the passes into `result`; with `keep` the lower optimizer's step has been taken at the end."""
         estimator, flat = self.estimator, self._direction
         passes = Passes(self.model, flat, self._magnitude, self.grad_scaler, self.process_group, self._distributed, watch)
-        start, before = undo.random_state, undo.direction
+        start, before = undo.start, undo.direction
         part = train_batch
         if val_batch is not None and estimator.has_second_order and isinstance(self.difference_batch, int | float):
             train_batch, part = first_share(train_batch, self.difference_batch)
@@ -221,7 +189,7 @@ class BilevelOptimizer:
         needs = {"direction", "magnitude"} if reuse else {"direction"}
         point = undo.point or (flat.point() if self._returns() and val_batch is not None else None)
         lower = passes.run("lower", loss_fn, train_batch, needs, self.penalty, point=point, magnitude_parts=shared)
-        undo.reached = RandomState(self._devices())
+        undo.reached = self._pass_state()
         result.train_loss = passes.average_loss(lower.loss)
         grads = lower.direction
         if val_batch is None:
@@ -242,7 +210,7 @@ class BilevelOptimizer:
             jacobian, stepped, grads = self._lower_step(grads), True, []
             there = flat.point() if keep else None
         validation = passes.run("validation", loss_fn, val_batch, needs, point=there)
-        undo.reached = RandomState(self._devices())
+        undo.reached = self._pass_state()
         result.validation_loss = passes.average_loss(validation.loss)
         result.direct = self._magnitude.gather(validation.magnitude)
         kept = there if keep and stepped and there is not None and there.norms else None
@@ -252,6 +220,9 @@ class BilevelOptimizer:
         if estimator.has_second_order:
             vector = flat.gather(validation.direction)
             self._seen = validation.seen_dtypes or self._seen
+            if not self._seen:
+                self._seen = {buffer.dtype for buffer in flat.buffers}
+                self._seen |= passes.eager_dtypes(loss_fn, val_batch) if dora_layers(self.model) else set()
             del validation
             if jacobian is not None:
                 torch._foreach_mul_(vector, jacobian)
@@ -269,6 +240,7 @@ class BilevelOptimizer:
                 flat.set(after)
                 undo.reached.restore()
             result.radius, result.signal = loss.radius, loss.signal
+        result.touched = passes.touched
         if keep and not stepped:
             flat.set(before)
             self._lower_step(grads)
@@ -298,6 +270,7 @@ class BilevelOptimizer:
         if isinstance(self.estimator, Sama):
             jacobian = step_derivative(self.lower, self._direction, grads, self.estimator.horizon, clip)
         self.lower.step()
+        torch.clear_autocast_cache()  # of an autocast around the whole step
         for parameter in parameters:
             parameter.grad = None
         return jacobian
@@ -333,10 +306,11 @@ class BilevelOptimizer:
             if self.grad_scaler is not None and not is_finite(hypergradient):
                 raise NonFinitePass("the hypergradient is not finite")
             for parameter, grad in zip(self._magnitude.parameters, self._magnitude.tensors(hypergradient), strict=True):
-                parameter.grad = grad
+                parameter.grad = grad if id(parameter) in result.touched else None  # as PyTorch: no gradient, no step
             if self.upper_max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self._magnitude.parameters, self.upper_max_norm)
             self.upper.step()
+            torch.clear_autocast_cache()
             for parameter in self._magnitude.parameters:
                 parameter.grad = None
         else:
@@ -358,8 +332,9 @@ class BilevelOptimizer:
         self.grad_scaler.unscale_(torch.optim.SGD([probe], lr=0.0))
         self.grad_scaler.update()
 
-    def _devices(self) -> list[torch.device]:
-        return [buffer.device for buffer in (*self._direction.buffers, *self._magnitude.buffers)]
+    def _pass_state(self) -> PassState:
+        buffers = (*self._direction.buffers, *self._magnitude.buffers)
+        return PassState([buffer.device for buffer in buffers], self._normalizing)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizers', schedulers' and scaler's states and the number of steps; the parameters are the model's."""
@@ -384,10 +359,6 @@ class BilevelOptimizer:
 
     def _parts(self) -> list[tuple[str, Any]]:
         return [(n, getattr(self, n)) for n in ("lower", "upper", "lower_scheduler", "upper_scheduler", "grad_scaler")]
-
-
-def _in_range(value: Any, least: float, most: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _clear_grads(owner: BilevelOptimizer) -> None:

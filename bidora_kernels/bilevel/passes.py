@@ -85,6 +85,7 @@ class Passes:
         self.model, self.lower, self.upper, self.stopwatch = model, lower, upper, stopwatch
         self.scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._group, self.distributed = process_group, distributed
+        self.touched: set[int] = set()  # the identities of parameters that had a gradient in a pass
         devices = {parameter.device for parameter in (*lower.parameters, *upper.parameters)}
         # autograd gives a GPU a thread of its own, on which the layers' Python runs with cold caches: half as fast as here
         self._one_thread = len(devices) == 1 and not distributed and next(iter(devices)).type == "cuda"
@@ -104,9 +105,9 @@ class Passes:
             known = {id(parameter) for parameter in everything}
             everything += [parameter for parameter in self.model.parameters() if id(parameter) not in known]
         off = [parameter for parameter in everything if parameter.requires_grad and id(parameter) not in kept]
-        for parameter in off:
-            parameter.requires_grad_(False)
         try:
+            for parameter in off:
+                parameter.requires_grad_(False)
             yield
         finally:
             for parameter in off:
@@ -136,6 +137,8 @@ class Passes:
         parts = parts_of(batch)
         last = len(parts) if magnitude_parts is None else magnitude_parts
         share = 1.0 if last == len(parts) else sum(weight for _, weight in parts[:last])
+        if magnitude_parts is not None:
+            self._check_common(share)
         if point is None and len(parts) > 1:
             point = self.lower.point()
         with self.stopwatch.measure(kind), torch.enable_grad(), self.no_sync():
@@ -158,6 +161,23 @@ class Passes:
         result.magnitude = self._combined(self.upper, magnitude, kind)
         return result
 
+    def eager_dtypes(self, loss_fn: LossFunction, batch: Any) -> set[torch.dtype]:
+        """The dtypes of the layers' products, from a forward of one part of the batch that leaves torch.compile out."""
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), pass_mode() as mode:
+            loss_fn(self.model, parts_of(batch)[0][0])
+        return mode.seen_dtypes
+
+    def _check_common(self, share: float) -> None:
+        """Raise ValueError where FSDP2, which averages gradients inside the backward pass, would mix those of other shares."""
+        if self.lower.group is not None:
+            ends = torch.tensor([share, -share], dtype=torch.float64, device=self.lower.buffers[0].device)
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self.lower.group)
+            if float(ends.sum()) > 1e-12:
+                raise ValueError(
+                    "with sharded parameters difference_batch must be the same share of every process's batch, got "
+                    f"{-float(ends[1]):.3g} to {float(ends[0]):.3g}: give equal numbers of rows, or a callable"
+                )
+
     def _backward(self, loss: Tensor, weight: float) -> None:
         weighted = loss if weight == 1.0 else loss * weight
         with torch.autograd.set_multithreading_enabled(False) if self._one_thread else contextlib.nullcontext():
@@ -171,20 +191,35 @@ class Passes:
         return taken
 
     def _combined(self, flat: FlatParameters, grads: list[Tensor | None], kind: str, factor: float = 1.0) -> list[Tensor | None]:
-        """The factor times the average over processes, the GradScaler's scale undone."""
+        """The average over processes of each one's factor times its gradients, the GradScaler's scale undone.
+
+        None for a parameter that has a gradient nowhere.
+        """
         if not grads:
             return grads
+        if self.scaler is not None:
+            factor /= self.scaler.get_scale()
+        known = [grad for grad in grads if grad is not None]
+        if known and factor != 1.0:
+            torch._foreach_mul_(known, factor)
+        touched = self.touch(flat, grads)
         if self.distributed:
             vector = flat.gather(grads)
             self.average(vector)
-            grads = list(flat.views(vector))
-        known = [grad for grad in grads if grad is not None]
-        if self.scaler is not None:
-            factor /= self.scaler.get_scale()
-        if known and factor != 1.0:
-            torch._foreach_mul_(known, factor)
+            grads = [view if had else None for view, had in zip(flat.views(vector), touched, strict=True)]
+            known = [grad for grad in grads if grad is not None]
         self.check_finite(known, kind)
         return grads
+
+    def touch(self, flat: FlatParameters, grads: Sequence[Tensor | None]) -> list[bool]:
+        """Which parameters have a gradient, in any process; `touched` remembers them."""
+        found = torch.tensor([grad is not None for grad in grads], dtype=torch.float32)
+        if self.distributed:
+            found = found.to(flat.buffers[0].device)
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        had = [value > 0 for value in found.tolist()]
+        self.touched.update(id(parameter) for parameter, one in zip(flat.parameters, had, strict=True) if one)
+        return had
 
     def check_finite(self, grads: Sequence[Tensor], kind: str) -> None:
         """Raise NonFinitePass where there is a GradScaler and a gradient is not finite."""

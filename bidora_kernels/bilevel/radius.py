@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from torch import nn
 
 # Of the directions' length; beyond it truncation dominates late in training, 16-bit or not.
 RELATIVE_RADIUS_CEILING = 0.005
@@ -34,12 +32,6 @@ def noise_floor(dtype: torch.dtype) -> float:
     """
     eps = torch.finfo(dtype).eps
     return eps if eps > 1e-4 else 30.0 * eps
-
-
-def weight_dtypes(model: Any) -> set[torch.dtype]:
-    """The floating-point dtypes of a module's parameters; none of what is no module."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
 
 
 def coarsest_dtype(dtypes: Iterable[torch.dtype], device: torch.device) -> torch.dtype:

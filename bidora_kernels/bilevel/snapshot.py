@@ -1,4 +1,4 @@
-"""What a step may change, copied so that a failed step changes nothing: optimizer states, random states, `.grad`."""
+"""What a step may change, copied so that a failed step changes nothing: optimizer states, generators, statistics, `.grad`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .flat import copy_all
 from .sharding import local_part, reshard
@@ -16,17 +17,25 @@ if TYPE_CHECKING:
     from .optimizer import BilevelOptimizer
 
 
-class RandomState:
-    """The states of torch's generators on the CPU and on the given devices."""
+def with_statistics(model: Any) -> list[nn.Module]:
+    """The modules that keep running statistics, which a pass in training mode moves: batch and instance normalization."""
+    return [m for m in model.modules() if isinstance(m, _NormBase)] if isinstance(model, nn.Module) else []
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+
+class PassState:
+    """What passes move besides gradients: torch's generators on the CPU and on the given devices, running statistics."""
+
+    def __init__(self, devices: Iterable[torch.device], modules: Iterable[nn.Module] = ()) -> None:
         """Copy the current states."""
+        statistics = [buffer for module in modules for buffer in module.buffers(recurse=False)]
+        self._statistics = list(zip(statistics, _packed(statistics), strict=True))
         self._cpu = torch.get_rng_state()
         kinds = {device for device in devices if device.type not in ("cpu", "meta")}
         self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in kinds]
 
     def restore(self) -> None:
         """Make the copied states current."""
+        copy_all([buffer for buffer, _ in self._statistics], [saved for _, saved in self._statistics])
         torch.set_rng_state(self._cpu)
         for device, state in self._devices:
             torch.get_device_module(device).set_rng_state(state, device)
@@ -105,11 +114,11 @@ class Undo:
         self._parts: list[Any] = [OptimizerState(owner.lower), OptimizerState(owner.upper)]
         schedulers = [owner.lower_scheduler, owner.upper_scheduler]
         self._parts += [SchedulerState(scheduler) for scheduler in schedulers if scheduler is not None]
-        self.random_state = RandomState(owner._devices())
-        self.reached = self.random_state  # where the train and the validation pass have come to
+        self.start = owner._pass_state()
+        self.reached = self.start  # where the train and the validation pass have come to
 
-    def restore(self, random_state: bool = True) -> None:
-        """Put everything back, the random state too unless told to leave it where the passes came to."""
+    def restore(self, passes: bool = True) -> None:
+        """Put everything back, what passes move too unless told to leave it where they came to."""
         self._owner._direction.set(self.direction)
         self._owner._magnitude.set(self.magnitude)
         if self._owner._direction.group is not None:
@@ -117,4 +126,4 @@ class Undo:
         for part in reversed(self._parts):
             part.restore()
         self._grads.restore()
-        (self.random_state if random_state else self.reached).restore()
+        (self.start if passes else self.reached).restore()

@@ -50,6 +50,7 @@ class Hypergradient:
     validation_loss: Tensor | None = None
     direct: Vector | None = None
     second_order: Vector | None = None
+    touched: set[int] = dataclasses.field(default_factory=set)  # the identities of parameters that had a gradient
     radius: float | None = None
     left: tuple[DirectionPoint, Vector] | None = None  # where the validation pass ran, if the step ends there
     signal: float | None = None  # what the perturbation changed of the gradient, over its noise floor

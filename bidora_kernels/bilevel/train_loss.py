@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from .batches import parts_of
 from .flat import Vector, add, scaled
 from .passes import LossFunction, Passes, checked_loss
 from .radius import noise_floor, relative_radius
-from .snapshot import RandomState
+from .snapshot import PassState
+
+Gradients = list[Tensor | None]  # one per parameter, None where there is none
 
 
 class TrainLoss:
@@ -32,7 +34,7 @@ class TrainLoss:
         passes: Passes,
         loss_fn: LossFunction,
         batch: Any,
-        random_state: RandomState,
+        start: PassState,
         before: Vector,
         after: Vector,
         base: Vector | None,
@@ -46,7 +48,7 @@ class TrainLoss:
         """
         self._penalty, self._point = penalty, point
         self._passes, self._loss_fn, self._batch = passes, loss_fn, batch
-        self._random_state, self.before, self.after = random_state, before, after
+        self._start, self.before, self.after = start, before, after
         self._base, self._compute_dtype = base, compute_dtype
         self.radius: float | None = None
         self.signal: float | None = None
@@ -72,7 +74,7 @@ class TrainLoss:
     ) -> Vector:
         """grad_M L_train at `start + step * vector`; `point` names that place where another pass runs there."""
         self._passes.lower.set(start, vector, step)
-        self._random_state.restore()
+        self._start.restore()
         result = self._passes.run("difference", self._loss_fn, self._batch, {"magnitude"}, point=point)
         return self._passes.upper.gather(result.magnitude)
 
@@ -111,14 +113,17 @@ class TrainLoss:
         lower = self._passes.lower
         target = self._passes.upper if over == "magnitude" else lower
         lower.set(self.before)
-        self._random_state.restore()
+        self._start.restore()
         total = target.zeros()
+        parts: list[Gradients] = [[None] * len(target.parameters)]
         with self._passes.stopwatch.measure("double backward"), _twice_differentiable(self._passes):
             for loss in self._losses(with_penalty=over == "direction"):
-                first = torch.autograd.grad(loss, lower.parameters, create_graph=True, allow_unused=True)
+                first = _grads(loss, lower.parameters, create_graph=True)
                 product = _inner(first, lower.views(vector))
                 if product is not None and product.requires_grad:
-                    _accumulate(total, target.gather(torch.autograd.grad(product, target.parameters, allow_unused=True)))
+                    parts.append(_grads(product, target.parameters))
+                    _accumulate(total, target.gather(parts[-1]))
+        self._passes.touch(target, _first_of(parts))
         self._passes.average(total)
         self._passes.check_finite(total, "double backward")
         return total
@@ -127,8 +132,9 @@ class TrainLoss:
         """The tangent of grad_M L_train along `vector`, at the directions before the step, the norm differentiated."""
         lower, upper = self._passes.lower, self._passes.upper
         lower.set(self.before)
-        self._random_state.restore()
+        self._start.restore()
         total = upper.zeros()
+        parts: list[Gradients] = [[None] * len(upper.parameters)]
         with (
             self._passes.stopwatch.measure("forward mode"),
             _twice_differentiable(self._passes),
@@ -140,9 +146,10 @@ class TrainLoss:
                     parameter.copy_(make_dual(parameter.detach().clone(), tangent))
             for loss in self._losses(with_penalty=False):
                 if loss.requires_grad:
-                    grads = torch.autograd.grad(loss, upper.parameters, allow_unused=True)
-                    tangents = [None if grad is None else unpack_dual(grad).tangent for grad in grads]
+                    parts.append(_grads(loss, upper.parameters))
+                    tangents = [None if grad is None else unpack_dual(grad).tangent for grad in parts[-1]]
                     _accumulate(total, upper.gather(tangents))
+        self._passes.touch(upper, _first_of(parts))
         self._passes.average(total)
         self._passes.check_finite(total, "forward mode")
         return total
@@ -155,7 +162,7 @@ class TrainLoss:
         sides = []
         for sign in (1.0, -1.0):
             self._passes.lower.set(self.before, vector, sign * step)
-            self._random_state.restore()
+            self._start.restore()
             result = self._passes.run(
                 "hessian", self._loss_fn, self._batch, {"direction"}, self._penalty, differentiate_norm=True
             )
@@ -198,6 +205,18 @@ def _accumulate(total: Vector, terms: Vector) -> None:
         part.add_(term)
 
 
-def _inner(grads: tuple[Tensor | None, ...], views: list[Tensor]) -> Tensor | None:
+def _grads(value: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> Gradients:
+    """The gradients of a scalar, None for a parameter that does not require one or that it does not depend on."""
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    found = iter(torch.autograd.grad(value, wanted, create_graph=create_graph, allow_unused=True) if wanted else ())
+    return [next(found) if parameter.requires_grad else None for parameter in parameters]
+
+
+def _first_of(parts: list[Gradients]) -> Gradients:
+    """For each parameter a gradient of some part, where a part has one."""
+    return [next((grad for grad in grads if grad is not None), None) for grads in zip(*parts, strict=True)]
+
+
+def _inner(grads: Sequence[Tensor | None], views: list[Tensor]) -> Tensor | None:
     terms = [(grad * view).sum() for grad, view in zip(grads, views, strict=True) if grad is not None]
     return torch.stack(terms).sum() if terms else None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 GROUPS = frozenset({"direction", "magnitude"})
 
@@ -148,9 +149,17 @@ def bump_parameter_epoch() -> None:
     """Tell every layer that parameters may have changed in a way that autograd's version counter does not show.
 
     Whoever writes parameters through an alias of their storage (the flat buffers of `bilevel/flat.py`) calls it after the write.
+    Every step of a `torch.optim.Optimizer` does.
     """
     global _epoch
     _epoch += 1
+
+
+def _after_optimizer_step(*_: Any) -> None:
+    bump_parameter_epoch()  # a fused optimizer writes past the version counter
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 def parameter_epoch() -> int:

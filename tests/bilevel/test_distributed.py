@@ -46,7 +46,7 @@ def two_steps(
     model = small_bert()
     direction, magnitude = bk.split_parameters(model)
     wrapped = model if wrap is None else wrap(model)
-    if wrap is shard:
+    if wrap in (shard, sharded):
         direction, magnitude = bk.split_parameters(model)  # fully_shard puts other parameters in their place
     optimizer = bk.BilevelOptimizer(
         wrapped, lower=lower(direction, lr=1e-2), upper=torch.optim.AdamW(magnitude, lr=1e-2), estimator=estimator,
@@ -67,6 +67,23 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
     return fully_shard(model)
 
 
+def sharded(model: torch.nn.Module) -> torch.nn.Module:
+    """The same, without a look at the hypergradient first."""
+    return shard(model)
+
+
+def frozen(model: torch.nn.Module) -> torch.nn.Module:
+    """The magnitude and a direction of the first layer are frozen, though their optimizers hold them."""
+    layer = model.bert.encoder.layer[0].attention.self.query
+    layer.magnitude.requires_grad_(False)
+    layer.lora_A.requires_grad_(False)
+    return model
+
+
+def frozen_in_ddp(model: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.parallel.DistributedDataParallel(frozen(model))
+
+
 def process(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -79,8 +96,13 @@ def process(rank: int, port: int, folder: str) -> None:
     found["fsdp, AdamW"] = [two_steps(e, train, validation, shard, torch.optim.AdamW) for e in SHARDED[:2]]
     found["ddp, half"] = [two_steps(e, train, validation, torch.nn.parallel.DistributedDataParallel, **HALF) for e in HALVED]
     found["fsdp, half"] = [two_steps(e, train, validation, shard, **HALF) for e in HALVED]
+    unequal = tuple(part[:3] if rank == 0 else part[3:] for part in batch(1))
+    found["ddp, unequal"] = [two_steps(e, unequal, validation, torch.nn.parallel.DistributedDataParallel, **HALF) for e in HALVED]
+    found["ddp, frozen"] = [two_steps(e, train, validation, frozen_in_ddp, torch.optim.AdamW) for e in ESTIMATORS]
     refusals = [refusal(estimator=estimator) for estimator in REFUSED]
     refusals += [refusal(penalty=bk.OrthogonalPenalty(0.1)), refusal(grad_scaler=torch.amp.GradScaler("cpu"))]
+    with pytest.raises(ValueError, match=r"the same share of every process's batch, got 0\.667 to 1: give equal numbers"):
+        two_steps(bk.Sama(), unequal, validation, sharded, **HALF)
     failed_step_changes_nothing(train, validation)
     numbers = ("train_loss", "validation_loss", "direct_norm", "second_order_norm", "cosine", "radius", "hypergradient_norm")
     results = {
@@ -153,5 +175,16 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
             assert error(values - start, wanted - start) < 1e-5, (estimator, name)
             assert numbers["second_order_norm"] == pytest.approx(stats.second_order_norm, rel=1e-5)
             assert numbers["train_loss"] == pytest.approx(stats.train_loss, rel=1e-9)
+    ids, labels = batch(1)
+    pieces = [(ids[rows], labels[rows]) for rows in (slice(0, 3), slice(3, 4), slice(0, 2))]
+    share = {"difference_batch": lambda _: bk.MicroBatches([pieces[2], pieces[1]])}
+    for estimator, (values, _), (other, _) in zip(HALVED, first["ddp, unequal"], second["ddp, unequal"], strict=True):
+        assert torch.equal(values, other), f"the processes part with {estimator} and unequal rows"
+        wanted, _ = two_steps(estimator, bk.MicroBatches(pieces[:2]), batch(2), **share)
+        assert error(values - start, wanted - start) < 1e-5, estimator
+    for estimator, (values, _), (other, _) in zip(ESTIMATORS, first["ddp, frozen"], second["ddp, frozen"], strict=True):
+        assert torch.equal(values, other)
+        wanted, _ = two_steps(estimator, batch(1), batch(2), frozen, torch.optim.AdamW)
+        assert error(values - start, wanted - start) < 1e-4, estimator
     assert all("differentiates twice" in text for text in refusals[:4])
     assert ["penalty is not supported" in refusals[4], "grad_scaler is not supported" in refusals[5]] == [True, True]

@@ -195,7 +195,7 @@ class BilevelOptimizer:
         if val_batch is None:
             self._lower_step(grads)
             return
-        base = self._magnitude.gather(lower.magnitude) if reuse else None
+        base, drawn = (self._magnitude.gather(lower.magnitude), lower.drawn) if reuse else (None, None)
         del lower
 
         needs = {"direction", "magnitude"} if estimator.has_second_order else {"magnitude"}
@@ -233,7 +233,7 @@ class BilevelOptimizer:
                 part = self.difference_batch(train_batch)
             dtypes = self._seen | {buffer.dtype for buffer in flat.buffers}
             dtype = self.compute_dtype or coarsest_dtype(dtypes, flat.buffers[0].device)
-            loss = TrainLoss(passes, loss_fn, part, start, before, after, base, dtype, self.penalty, point)
+            loss = TrainLoss(passes, loss_fn, part, start, before, after, base, drawn, dtype, self.penalty, point)
             try:
                 result.second_order = self._second_order(loss, vector)
             finally:

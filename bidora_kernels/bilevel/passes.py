@@ -16,6 +16,7 @@ from ..ops._context import DirectionPoint, pass_mode
 from .batches import parts_of
 from .flat import FlatParameters, Vector
 from .sharding import sum_over
+from .snapshot import PassState
 
 LossFunction = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar mean loss
 
@@ -60,12 +61,16 @@ class Stopwatch:
 
 @dataclasses.dataclass
 class PassResult:
-    """A pass's mean loss (detached, fp32 or wider) and the gradients that it was asked for, one per parameter or None."""
+    """A pass's mean loss (detached, fp32 or wider) and the gradients that it was asked for, one per parameter or None.
+
+    drawn: the generators after the parts that gave the magnitudes' gradient.
+    """
 
     loss: Tensor
     direction: list[Tensor | None]
     magnitude: list[Tensor | None]
     seen_dtypes: set[torch.dtype]
+    drawn: PassState
 
 
 class Passes:
@@ -86,7 +91,7 @@ class Passes:
         self.scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._group, self.distributed = process_group, distributed
         self.touched: set[int] = set()  # the identities of parameters that had a gradient in a pass
-        devices = {parameter.device for parameter in (*lower.parameters, *upper.parameters)}
+        self._devices = devices = {parameter.device for parameter in (*lower.parameters, *upper.parameters)}
         # autograd gives a GPU a thread of its own, on which the layers' Python runs with cold caches: half as fast as here
         self._one_thread = len(devices) == 1 and not distributed and next(iter(devices)).type == "cuda"
 
@@ -134,6 +139,7 @@ class Passes:
         losses: list[Tensor] = []
         seen: set[torch.dtype] = set()
         magnitude: list[Tensor | None] = []
+        drawn = PassState(())
         parts = parts_of(batch)
         last = len(parts) if magnitude_parts is None else magnitude_parts
         share = 1.0 if last == len(parts) else sum(weight for _, weight in parts[:last])
@@ -150,13 +156,14 @@ class Passes:
                 losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * weight)
                 seen |= mode.seen_dtypes
                 del loss
-                if number == last and "magnitude" in needs:
-                    magnitude = self._take(self.upper.parameters)
+                if number == last:
+                    drawn = PassState(self._devices)
+                    magnitude = self._take(self.upper.parameters) if "magnitude" in needs else []
             if penalty is not None:
                 with self.requiring({"direction"}), pass_mode(needs={"direction"}):
                     self._backward(checked_loss(penalty(self.model), "the penalty"), 1.0 / share)
             direction = self._take(self.lower.parameters) if "direction" in needs else []
-        result = PassResult(torch.stack(losses).sum(), direction, magnitude, seen)
+        result = PassResult(torch.stack(losses).sum(), direction, magnitude, seen, drawn)
         result.direction = self._combined(self.lower, direction, kind, share)
         result.magnitude = self._combined(self.upper, magnitude, kind)
         return result

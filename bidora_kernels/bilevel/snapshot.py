@@ -33,6 +33,11 @@ class PassState:
         kinds = {device for device in devices if device.type not in ("cpu", "meta")}
         self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in kinds]
 
+    def drew_as(self, other: PassState) -> bool:
+        """Whether the generators stand where they do in `other`."""
+        own, others = ([state for _, state in each._devices] for each in (self, other))
+        return torch.equal(self._cpu, other._cpu) and len(own) == len(others) and all(map(torch.equal, own, others))
+
     def restore(self) -> None:
         """Make the copied states current."""
         copy_all([buffer for buffer, _ in self._statistics], [saved for _, saved in self._statistics])

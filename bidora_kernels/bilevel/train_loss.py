@@ -38,18 +38,20 @@ class TrainLoss:
         before: Vector,
         after: Vector,
         base: Vector | None,
+        drawn: PassState | None,
         compute_dtype: torch.dtype,
         penalty: Callable[[Any], Tensor] | None = None,
         point: DirectionPoint | None = None,
     ) -> None:
         """Keep what the derivatives need.
 
-        base: the lower pass's gradient on the same rows, where it was computed. point: where the lower pass ran.
+        base: the lower pass's gradient on the same rows, where it was computed; drawn: the generators after it. point: where the
+        lower pass ran.
         """
         self._penalty, self._point = penalty, point
         self._passes, self._loss_fn, self._batch = passes, loss_fn, batch
         self._start, self.before, self.after = start, before, after
-        self._base, self._compute_dtype = base, compute_dtype
+        self._base, self._drawn, self._compute_dtype = base, drawn, compute_dtype
         self.radius: float | None = None
         self.signal: float | None = None
 
@@ -76,7 +78,18 @@ class TrainLoss:
         self._passes.lower.set(start, vector, step)
         self._start.restore()
         result = self._passes.run("difference", self._loss_fn, self._batch, {"magnitude"}, point=point)
+        self._check_drawn(result.drawn)
         return self._passes.upper.gather(result.magnitude)
+
+    def _check_drawn(self, drawn: PassState) -> None:
+        """Raise RuntimeError where two passes of a difference drew other random numbers: it would show nothing else."""
+        self._drawn = self._drawn or drawn
+        if not drawn.drew_as(self._drawn):
+            raise RuntimeError(
+                "two passes over the same batch drew different random numbers, so their difference is noise. Where the model is "
+                "compiled, one pass may have run outside its graphs: raise torch._dynamo.config.recompile_limit or set dropout "
+                "to 0. Else take FirstOrder()"
+            )
 
     def magnitude_gradients(self, start: Vector, vector: Vector, step: float) -> tuple[Vector, Vector]:
         """grad_M L_train at `start + step * vector` and `start - step * vector`, the norms of both from one read of a weight."""
@@ -166,6 +179,7 @@ class TrainLoss:
             result = self._passes.run(
                 "hessian", self._loss_fn, self._batch, {"direction"}, self._penalty, differentiate_norm=True
             )
+            self._check_drawn(result.drawn)
             sides.append(self._passes.lower.gather(result.direction))
         return scaled(add(sides[0], sides[1], -1.0), 0.5 / step)
 

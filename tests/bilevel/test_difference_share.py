@@ -125,6 +125,28 @@ def test_dropout_is_the_same_in_both_passes(estimator: Any, exact: Any) -> None:
     assert error(terms[0], terms[1]) < 1e-3
 
 
+@pytest.mark.parametrize("share", [None, 0.4, first_row])
+@pytest.mark.parametrize("estimator", [bk.ForwardDifference(), bk.CentralDifference()], ids=repr)
+def test_passes_that_draw_otherwise_are_refused(estimator: Any, share: Any) -> None:
+    """As a compiled and an eager pass do: each has masks of its own, and nothing in the numbers would tell."""
+    calls: list[int] = []
+
+    def drawing(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(len(calls))
+        if len(calls) == wrong:
+            torch.rand(1)
+        return bert_loss(model, batch)
+
+    optimizer = bert_optimizer(small_bert(), estimator=estimator, xi=1.0, difference_batch=share)
+    wrong = 0
+    passes = optimizer.step(drawing, TRAIN, VALIDATION).passes + (share == 0.4)  # its lower pass has two parts
+    before = [p.detach().clone() for group in bk.split_parameters(optimizer.model) for p in group]
+    wrong = len(calls) + passes
+    with pytest.raises(RuntimeError, match="drew different random numbers"):
+        optimizer.step(drawing, TRAIN, VALIDATION)
+    assert all(map(torch.equal, before, [p for group in bk.split_parameters(optimizer.model) for p in group]))
+
+
 def test_under_a_grad_scaler_the_numbers_stay() -> None:
     plain, scaled = (
         bert_optimizer(small_bert(), difference_batch=0.4, grad_scaler=scaler)

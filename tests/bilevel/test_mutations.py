@@ -105,7 +105,10 @@ MUTATIONS: dict[str, tuple[Patch, Callable[[], None]]] = {
         lambda: covered.test_implicit_estimators_on_a_convex_problem(bk.CentralDifference()),
     ),
     "dropout not paired": (
-        wrapped(train_loss.PassState, "restore", lambda real, self: None),
+        lambda monkeypatch: (
+            wrapped(train_loss.PassState, "restore", lambda real, self: None)(monkeypatch),
+            wrapped(train_loss.TrainLoss, "_check_drawn", lambda real, self, drawn: None)(monkeypatch),
+        ),
         lambda: covered.test_q_of_a_real_encoder_against_double_backward(bk.CentralDifference(), 1e-4, 0.2),
     ),
     "the base of another batch": (

@@ -94,8 +94,9 @@ class BilevelOptimizer:
             raise ValueError("a parameter is in both the lower and the upper optimizer")
         check_sharding(self)
         check_levels(self)
+        plain = getattr(model, "_orig_mod", model)  # of a compiled one
         self._distributed = process_group is not None or (
-            isinstance(model, nn.parallel.DistributedDataParallel) and dist.is_available() and dist.is_initialized()
+            isinstance(plain, nn.parallel.DistributedDataParallel) and dist.is_available() and dist.is_initialized()
         )
 
     @property

@@ -80,6 +80,10 @@ def frozen(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def compiled_ddp(model: torch.nn.Module) -> Any:
+    return torch.compile(torch.nn.parallel.DistributedDataParallel(model), backend="eager")
+
+
 def frozen_in_ddp(model: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(frozen(model))
 
@@ -98,6 +102,7 @@ def process(rank: int, port: int, folder: str) -> None:
     found["fsdp, half"] = [two_steps(e, train, validation, shard, **HALF) for e in HALVED]
     unequal = tuple(part[:3] if rank == 0 else part[3:] for part in batch(1))
     found["ddp, unequal"] = [two_steps(e, unequal, validation, torch.nn.parallel.DistributedDataParallel, **HALF) for e in HALVED]
+    found["ddp, compiled"] = [two_steps(bk.Sama(), train, validation, compiled_ddp)]
     found["ddp, frozen"] = [two_steps(e, train, validation, frozen_in_ddp, torch.optim.AdamW) for e in ESTIMATORS]
     refusals = [refusal(estimator=estimator) for estimator in REFUSED]
     refusals += [refusal(penalty=bk.OrthogonalPenalty(0.1)), refusal(grad_scaler=torch.amp.GradScaler("cpu"))]
@@ -164,6 +169,9 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
             for key, number in numbers.items():
                 alone = getattr(stats, key)
                 assert (number == alone) if alone is None else (number == pytest.approx(alone, rel=1e-5)), (estimator, name, key)
+    ((values, _),), ((other, _),) = first["ddp, compiled"], second["ddp, compiled"]
+    assert torch.equal(values, other)
+    assert error(values - start, two_steps(bk.Sama(), batch(1), batch(2))[0] - start) < 1e-5
     ids, labels = batch(1)
     halves = bk.MicroBatches(
         [(ids[row : row + 1], labels[row : row + 1]) for row in (0, 2, 1, 3)]

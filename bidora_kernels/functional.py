@@ -232,7 +232,7 @@ def _serving(
     if backend == "reference":
         return backend
     reason = None
-    if _in_forward_mode(differentiable):
+    if is_transformed(*differentiable):
         reason = "forward-mode derivatives and functional transforms"
     elif backend == "triton" and weight.dtype == torch.float64:
         reason = "fp64 weights"
@@ -247,7 +247,8 @@ def _serving(
     raise NotImplementedError(f'backend {backend!r} does not serve {reason}: use backend "reference"')
 
 
-def _in_forward_mode(tensors: tuple[Tensor, ...]) -> bool:
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a functional transform is active or a tensor carries a forward-mode tangent."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -250,6 +250,8 @@ class FusedDoraLinear(nn.Module):
             return ready
         if norm is None or torch.is_grad_enabled() or quantized.format_of(self.weight) is not None:
             return None
+        if hasattr(self, "_hf_hook"):  # accelerate moves the weight away after the call
+            return None
         terms = (*self._stored_terms()[:3], self.magnitude, self.bias)
         if not functional.may_decode(held, self.weight, *terms[1:]):
             return None
@@ -259,7 +261,8 @@ class FusedDoraLinear(nn.Module):
         mode = context.current_mode()
         differentiated = not self.detach_norm if mode.differentiate_norm is None else mode.differentiate_norm
         shared = mode.point is not None  # then `functional` finds them, or has them from another pass
-        return not (self.training or shared or is_compiling() or (differentiated and torch.is_grad_enabled()))
+        transformed = not is_compiling() and functional.is_transformed(self.lora_A, self.lora_B)
+        return not (self.training or shared or transformed or is_compiling() or (differentiated and torch.is_grad_enabled()))
 
     def clear_cache(self) -> None:
         """Drop what is kept between passes; needed only after a write through `.data` from outside this library."""

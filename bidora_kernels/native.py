@@ -153,7 +153,7 @@ def adapter_gradients(
     grad_A = torch.empty_like(lora_A) if needs_direction else None
     grad_B = torch.empty_like(lora_B) if needs_direction else None
     grad_magnitude = None if output is None else torch.empty_like(magnitude)
-    doubtful = None if output is None else torch.empty(magnitude.shape, dtype=torch.bool)
+    doubtful = None if output is None else torch.empty(magnitude.shape, dtype=torch.bool, device="cpu")
     count = torch.ops.bidora_native.adapter_gradients(
         x, grad_output, output, lora_A, lora_B, magnitude, norm, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful,
         doubtful_ratio, from_updated,

@@ -112,6 +112,8 @@ def dora_linear(
         if norm is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_norm):
                 norm = weight_norm(weight, lora_A, lora_B, scaling)
+        if detach_norm:
+            norm = norm.detach()  # a constant of forward-mode derivatives too, which do not ask whether gradients are on
         scale = row_scale(magnitude, norm)
         product_weight = weight.to(product_dtype)
 

@@ -77,6 +77,27 @@ def _named(name: str, names: list[str] | str | None) -> bool:
     return name in names or any(name.endswith(f".{suffix}") for suffix in names)
 
 
+# classes that read a child's weight instead of calling it, always or on their fast path: an adapter there would do nothing
+READS_WEIGHT = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "DisentangledSelfAttention": ("in_proj",),
+    "LSHSelfAttention": ("query_key", "value"),
+    "TDNNLayer": ("kernel",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "MambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "FalconMambaMixer": ("dt_proj", "x_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+} | dict.fromkeys(
+    ("BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "Mamba2Mixer", "NemotronHMamba2Mixer", "Zamba2MambaMixer"),
+    ("out_proj",),
+)
+
+
 def _layer_index_matches(config: DoraConfig, name: str) -> bool:
     wanted = config.layers_to_transform
     if wanted is None or wanted == []:
@@ -95,8 +116,12 @@ def _unsupported(model: nn.Module, name: str, module: nn.Module) -> str | None:
     kind = type(module).__name__
     if not is_linear(module):
         return f"is a {kind}: only nn.Linear and Conv1D can be adapted"
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return "belongs to nn.MultiheadAttention, which reads its weight and never calls it"
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    for owner in type(parent).__mro__:
+        if child in READS_WEIGHT.get(owner.__name__, ()):
+            prefix = "nn." if owner.__module__.startswith("torch.nn") else ""
+            return f"belongs to {prefix}{owner.__name__}, which reads its weight instead of calling it"
     if isinstance(module.weight, torch.Tensor) and format_of(module.weight) is not None:
         return None
     forward = type(module).forward
@@ -226,7 +251,7 @@ def _no_match(config: DoraConfig, modules: dict[str, nn.Module], skipped: dict[s
     wanted += config.fused_slices or []
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     named = [name for name in skipped if everything or _named(name, config.target_modules)]
-    left_out = [f"{name} is {skipped[name]}" for name in named if skipped[name] != NOT_NAMED]
+    left_out = [f"{name}: {skipped[name]}" for name in named if skipped[name] != NOT_NAMED]
     if left_out:
         return f"target_modules={config.target_modules!r} leaves no layer to adapt: {'; '.join(left_out[:3])}"
     return f"target_modules matches no module: {_nearest(wanted, _linear_names(modules))}"

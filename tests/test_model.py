@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -168,11 +169,11 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     (r"'bert.encoder.layer.7.attention.self.query' \(nearest: bert.encoder.layer.\d.attention.self.query", {
         "target_modules": ["bert.encoder.layer.7.attention.self.query"]}),
     (r"matches no module: 'q_\.\*' ", {"target_modules": "q_.*"}),
-    (r"leaves no layer to adapt: bert.encoder.layer.0.attention.self.query is in exclude_modules", {
+    (r"leaves no layer to adapt: bert.encoder.layer.0.attention.self.query: in exclude_modules", {
         "target_modules": ["query"], "exclude_modules": ["query"]}),
-    (r"leaves no layer to adapt: classifier is in modules_to_save", {
+    (r"leaves no layer to adapt: classifier: in modules_to_save", {
         "target_modules": ["classifier"], "task_type": "SEQ_CLS"}),
-    (r"is not in layers_to_transform", {"target_modules": ["query"], "layers_to_transform": [9]}),
+    (r": not in layers_to_transform", {"target_modules": ["query"], "layers_to_transform": [9]}),
     (r"modules_to_save matches no module: 'clasifier' \(nearest: classifier", {
         "target_modules": ["query"], "modules_to_save": ["clasifier"]}),
     (r"bert.embeddings.word_embeddings is a Embedding: only nn.Linear and Conv1D", {
@@ -230,6 +231,10 @@ def test_layers_that_cannot_be_adapted_are_skipped_by_all_linear_and_refused_by_
     assert "the same module as plain" in report.skipped["again"]
     refuses(Odd(), bk.DoraConfig(target_modules=["scaled"]), "scaled is a ScaledLinear, which computes something else")
     refuses(Odd(), bk.DoraConfig(target_modules=["out_proj"]), "belongs to nn.MultiheadAttention")
+    encoder = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    report = bk.apply_dora(encoder, bk.DoraConfig(r=2, target_modules="all-linear"))
+    assert report.replaced == ["0"]
+    assert "belongs to nn.TransformerEncoderLayer, which reads its weight" in report.skipped["1.linear1"]
     hooked = nn.Sequential(nn.Linear(4, 4))
     hooked[0].register_forward_hook(lambda *_: None)
     refuses(hooked, bk.DoraConfig(target_modules=["0"]), "0 has hooks or a forward of its own")
@@ -394,3 +399,16 @@ def test_a_whole_model_can_be_copied_and_its_state_saved() -> None:
     bk.apply_dora(other, bk.DoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
     other.load_state_dict(torch.load(buffer))
     assert torch.equal(logits(other), logits(model))
+
+
+def test_a_child_whose_weight_its_parent_reads_is_refused() -> None:
+    """WavLM's attention hands its projections' weights to a function: an adapter there would never be asked."""
+    config = transformers.WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,), conv_stride=(2,),
+        conv_kernel=(3,), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = transformers.WavLMModel(config)
+    refuses(model, bk.DoraConfig(target_modules=["q_proj"]), "belongs to WavLMAttention, which reads its weight")
+    report = bk.apply_dora(model, bk.DoraConfig(r=2, target_modules="all-linear"))
+    assert not any("attention" in name and name.endswith("_proj") for name in report.replaced)
+    assert any(name.endswith("intermediate_dense") for name in report.replaced)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import bidora_kernels as bk
 from bidora_kernels import reference
@@ -399,3 +400,61 @@ def test_a_fused_optimizer_in_eval_mode(optimizer: Any) -> None:
             layer.clear_cache()
             assert not torch.equal(kept, before)
             torch.testing.assert_close(kept, layer(x))
+
+
+def test_a_kept_norm_does_not_keep_an_offloaded_weight() -> None:
+    layer = bk.FusedDoraLinear.from_linear(nn.Linear(64, 64), r=2).eval()
+    storage = StorageWeakRef(layer.weight.untyped_storage())
+    layer._hf_hook = object()  # accelerate's, which moves the weight away after every call
+    with torch.no_grad():
+        y = layer(torch.ones(40, 64))
+    assert layer._norm_cache is not None
+    values = layer.weight.detach().clone()
+    layer.weight = nn.Parameter(torch.empty(64, 64, device="meta"), requires_grad=False)
+    assert storage.expired()
+    layer.weight = nn.Parameter(values.flip(0), requires_grad=False)
+    with torch.no_grad():
+        got = layer(torch.ones(40, 64))
+        layer.clear_cache()
+        assert torch.equal(got, layer(torch.ones(40, 64)))
+    assert not torch.equal(got, y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode_and_reverse_mode_take_the_norm_for_the_same(training: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 12)
+    for detach_norm in (True, False):
+        layer = bk.FusedDoraLinear.from_linear(nn.Linear(12, 8), r=2, detach_norm=detach_norm).train(training)
+        nn.init.normal_(layer.lora_B)
+
+        def output(lora_A: Tensor, layer: Any = layer) -> Any:
+            return torch.func.functional_call(layer, {"lora_A": lora_A}, (x,))
+
+        reverse, forward = torch.func.jacrev(output)(layer.lora_A), torch.func.jacfwd(output)(layer.lora_A)
+        torch.testing.assert_close(forward, reverse)
+
+
+def test_a_layer_seen_by_a_functional_transform_can_be_copied() -> None:
+    layer = bk.FusedDoraLinear.from_linear(nn.Linear(12, 8), r=2).eval()
+    torch.func.grad(lambda x: layer(x).sum())(torch.randn(12))
+    twin = copy.deepcopy(layer)
+    torch.save(layer, io.BytesIO())
+    assert torch.equal(twin(torch.ones(12)), layer(torch.ones(12)))
+
+
+def test_modes_and_devices_of_one_call_do_not_stay_with_the_thread() -> None:
+    """The scratch memory of the native backend outlives the call that made it."""
+    from bidora_kernels.ops._workspace import release_workspace
+
+    release_workspace()
+    layer = bk.FusedDoraLinear.from_linear(nn.Linear(64, 64).half(), r=4, lora_dropout=0.1)
+    x = torch.randn(40, 64).half()
+    with torch.inference_mode():
+        layer.eval()(x)
+    layer.train()(x).sum().backward()
+    release_workspace()
+    plain = bk.FusedDoraLinear.from_linear(nn.Linear(64, 64), r=4)
+    with torch.device("meta"):
+        plain(torch.ones(400, 64, device="cpu")).sum().backward()
+    assert plain.magnitude.grad is not None

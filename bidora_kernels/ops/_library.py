@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,15 @@ def is_eager(*tensors: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and all(type(tensor) in PLAIN for tensor in tensors)
     )
+
+
+# packages whose kernels write over a layer's output (SwiGLU's backward, rotary embeddings) past PyTorch's version counters
+UNSEEN_WRITERS = ("liger_kernel", "unsloth")
+
+
+def output_is_watched() -> bool:
+    """Whether a write to a tensor that the caller was given shows in its version, so that it may be kept without a copy."""
+    return not any(name in sys.modules for name in UNSEEN_WRITERS)
 
 
 _default_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

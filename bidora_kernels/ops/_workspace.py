@@ -35,7 +35,7 @@ def settle_allocator() -> None:
     step of a mid-sized model then faults tens of thousands of pages in again. One block of the largest size it learns from,
     never touched, raises that limit for good. Other allocators are not affected.
     """
-    torch.empty(SETTLING_BYTES, dtype=torch.uint8)
+    torch.empty(SETTLING_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def workspace(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
@@ -45,15 +45,16 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, transposed: bool = Fa
     if found is not None:
         return found
     size = rows * columns * dtype.itemsize
-    buffer = getattr(_local, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        settle_allocator()
-        buffer = torch.empty(size, dtype=torch.uint8)
-        _local.buffer = buffer
-        _buffers.add(buffer)
-        views.clear()
-    values = buffer[:size].view(dtype)
-    values = values.view(columns, rows).t() if transposed else values.view(rows, columns)
+    with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's modes and default device
+        buffer = getattr(_local, "buffer", None)
+        if buffer is None or buffer.numel() < size:
+            settle_allocator()
+            buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+            _local.buffer = buffer
+            _buffers.add(buffer)
+            views.clear()
+        values = buffer[:size].view(dtype)
+        values = values.view(columns, rows).t() if transposed else values.view(rows, columns)
     views[(rows, columns, dtype, transposed)] = values
     return values
 

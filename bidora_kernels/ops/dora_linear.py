@@ -207,6 +207,9 @@ def _save(
         with torch.enable_grad():
             # a copy: hooks that keep the tensor itself would hand back what the caller has overwritten, unnoticed
             ctx.output = _Keep.apply(torch.empty(0, requires_grad=True), y.detach().clone()).grad_fn
+    elif not library.output_is_watched():
+        own = y.detach().clone()
+        ctx.output = own, own._version
     else:
         ctx.output = y.detach(), y._version
     low_rank_input = x if x_dropped is None else x_dropped
@@ -269,7 +272,7 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """y, as the operator's first output."""
-        watched = not library.saves_through_hooks()
+        watched = not library.saves_through_hooks() and library.output_is_watched()
         y, norm, kept, again = _planned_forward(*(*inputs, watched))
         _save(ctx, inputs, y, norm, kept, again)
         ctx.watched = watched and kept is None and ctx.backend == "triton" and ctx.plan == "activation"

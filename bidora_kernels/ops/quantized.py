@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import reference
 from . import dora_linear as operator
+from ._library import output_is_watched
 
 BLOCK_BYTES = 64 << 20  # of dequantized rows at a time
 
@@ -176,7 +177,8 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.call, ctx.output = call, None
         if call.keeps and all(kept.numel() == 0 for kept in beyond):
             # seen through an alias, so that a caller who overwrites y only costs a recomputation
-            ctx.output = (y.detach(), y._version)
+            own = y.detach() if output_is_watched() else y.detach().clone()
+            ctx.output = (own, own._version)
         ctx.weight, ctx.differentiate_norm = weight, not call.detach_norm and norm_given is None
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, x_dropped, bias, norm, *beyond)
         return y

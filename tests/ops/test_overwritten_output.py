@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +69,44 @@ def test_a_second_backward_gives_the_same(hooks: bool) -> None:
     first = torch.autograd.grad(loss, trained(made), retain_graph=True)
     for value, want in zip(torch.autograd.grad(loss, trained(made)), first, strict=True):
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
+
+
+class _PastTheCounter(torch.autograd.Function):
+    """silu(gate) * up, whose backward writes over both of its inputs as a kernel does: no version counter moves."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = gate.detach().clone().requires_grad_(), up.detach().clone().requires_grad_()
+            grads = torch.autograd.grad(torch.nn.functional.silu(leaves[0]) * leaves[1], leaves, grad)
+        for tensor, value in zip((gate, up), grads, strict=True):
+            tensor.detach().numpy()[...] = value.numpy()
+        return gate.detach().clone(), up.detach().clone()
+
+
+@pytest.mark.parametrize("package", ["liger_kernel", "unsloth"])
+@pytest.mark.parametrize("way", [plainly, under_checkpoint, under_hooks])
+def test_kernels_that_write_past_the_version_counter(
+    way: Callable[..., Tensor], package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With such a package in the process the layer keeps a copy; the control shows what it would take for its output."""
+    made, other, x = layer(bias=False), layer(bias=False), torch.randn(7, 24)
+
+    def gradients(after: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        loss = way(made, x, lambda gate: after(gate, other(x))).square().sum()
+        return list(torch.autograd.grad(loss, trained(made)))
+
+    expected = gradients(lambda gate, up: torch.nn.functional.silu(gate) * up)
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    for got, want in zip(gradients(_PastTheCounter.apply), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    monkeypatch.delitem(sys.modules, package)
+    if way is plainly:
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(gradients(_PastTheCounter.apply)[2], expected[2], rtol=1e-4, atol=1e-5)

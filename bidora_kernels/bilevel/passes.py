@@ -187,7 +187,12 @@ class Passes:
 
     def _backward(self, loss: Tensor, weight: float) -> None:
         weighted = loss if weight == 1.0 else loss * weight
-        with torch.autograd.set_multithreading_enabled(False) if self._one_thread else contextlib.nullcontext():
+        with contextlib.ExitStack() as around:
+            if self._one_thread:
+                around.enter_context(torch.autograd.set_multithreading_enabled(False))
+            for kind in {device.type for device in self._devices}:
+                if torch.is_autocast_enabled(kind):  # around the whole step: it would round what the forward has not
+                    around.enter_context(torch.autocast(kind, enabled=False))
             (weighted if self.scaler is None else self.scaler.scale(weighted)).backward()
 
     @staticmethod

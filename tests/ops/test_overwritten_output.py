@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import bidora_kernels as bk
+from bidora_kernels import native
 
 
 def layer(bias: bool) -> bk.FusedDoraLinear:
@@ -107,6 +108,6 @@ def test_kernels_that_write_past_the_version_counter(
     for got, want in zip(gradients(_PastTheCounter.apply), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     monkeypatch.delitem(sys.modules, package)
-    if way is plainly:
+    if way is plainly and native.why_unavailable() is None:
         with pytest.raises(AssertionError):
             torch.testing.assert_close(gradients(_PastTheCounter.apply)[2], expected[2], rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,9 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     converted to the dtype of the parameters they go to.
 
     Raises FileNotFoundError for a missing file and ValueError, naming the field or key, for everything in the files that does not
-    fit: missing or unexpected keys, wrong shapes, NaN or inf, an adapter without magnitudes, duplicate keys, links that lead out
-    of the folder, settings that are not implemented. The model is unchanged whenever something raises.
+    fit: missing or unexpected keys, base weights that are not the model's, wrong shapes, NaN or inf, an adapter without
+    magnitudes, duplicate keys, links that lead out of the folder, settings that are not implemented. The model is unchanged
+    whenever something raises.
     """
     model = unwrap(model)
     folder = Path(folder)
@@ -93,6 +94,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     }
     destinations = _head_tensors(heads)
     expected |= {key: tuple(value.shape) for key, value in destinations.items()}
+    tensors = _without_base_weights(model, tensors, expected)
     _check_keys(expected, tensors)
     for key, shape in expected.items():
         _check_tensor(key, tensors[key], shape, destinations.get(key))
@@ -242,6 +244,25 @@ def _check_same_settings(
         if not all(p.requires_grad for p in head.parameters()):
             raise ValueError(f"the adapter trains {name} whole, but in the model it is frozen")
     return dataclasses.replace(config, detach_norm=next(iter(layers.values())).detach_norm)
+
+
+def _without_base_weights(model: nn.Module, tensors: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Leave out the base weights that PEFT adds to a file whose targets include the output head or the embeddings.
+
+    Raises ValueError where one is not the model's own, as after a change of the vocabulary: this function loads adapters.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    kept = {}
+    for key, tensor in tensors.items():
+        parameter = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if key in expected or parameter is None:
+            kept[key] = tensor
+        elif tensor.shape != parameter.shape or not torch.equal(tensor.to(parameter.dtype), parameter.detach().cpu()):
+            raise ValueError(
+                f"{key} in {WEIGHTS_FILE} is a weight of the base model, {list(tensor.shape)}, and not this model's, "
+                f"{list(parameter.shape)}: load the base model that the adapter was trained on, its vocabulary resized as there"
+            )
+    return kept
 
 
 def _check_keys(expected: Iterable[str], tensors: dict[str, Tensor]) -> None:

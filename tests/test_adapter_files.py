@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import bidora_kernels as bk
 
@@ -271,3 +272,29 @@ def test_a_failed_write_keeps_the_old_adapter(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="no space"):
         bk.save_adapter(trained(lora_alpha=16), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_of_the_output_head_with_the_base_weights_that_peft_adds(tied: bool, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=tied,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_model = peft_trained(make, {"r": 2, "target_modules": ["q_proj", "lm_head"]})
+        peft_model.save_pretrained(tmp_path)
+    assert any("base_layer" in key or "embed" in key for key in load_file(tmp_path / WEIGHTS))
+    model, ids = make(), torch.arange(8)[None]
+    bk.load_adapter(model, tmp_path)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, peft_model(ids).logits) <= 1e-5
+        other = make()
+        other.lm_head.weight.add_(1.0)
+    with pytest.raises(ValueError, match="is a weight of the base model"):
+        bk.load_adapter(other, tmp_path)
+    assert not any(isinstance(module, bk.FusedDoraLinear) for module in other.modules())

@@ -259,10 +259,11 @@ class FusedDoraLinear(nn.Module):
 
     def _norm_is_constant(self) -> bool:
         mode = context.current_mode()
-        differentiated = not self.detach_norm if mode.differentiate_norm is None else mode.differentiate_norm
         shared = mode.point is not None  # then `functional` finds them, or has them from another pass
-        transformed = not is_compiling() and functional.is_transformed(self.lora_A, self.lora_B)
-        return not (self.training or shared or transformed or is_compiling() or (differentiated and torch.is_grad_enabled()))
+        if self.training or shared or is_compiling() or functional.is_transformed(self.lora_A, self.lora_B):
+            return False
+        differentiated = not self.detach_norm if mode.differentiate_norm is None else mode.differentiate_norm
+        return not (differentiated and torch.is_grad_enabled())
 
     def clear_cache(self) -> None:
         """Drop what is kept between passes; needed only after a write through `.data` from outside this library."""

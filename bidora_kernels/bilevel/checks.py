@@ -60,7 +60,7 @@ def check_levels(owner: BilevelOptimizer) -> None:
     The lower level's passes compute no gradient of magnitudes, the difference passes none of directions.
     """
     lower, upper = ({id(parameter) for parameter in level.parameters} for level in (owner._direction, owner._magnitude))
-    for name, layer in dora_layers(owner.model):
+    for name, layer in dora_layers(owner.model).items():
         if id(layer.magnitude) in lower:
             raise ValueError(f"{name}.magnitude is in the lower optimizer: magnitudes are trained at the upper level or frozen")
         if id(layer.lora_A) in upper or id(layer.lora_B) in upper:
@@ -77,15 +77,15 @@ def check_groups(owner: BilevelOptimizer) -> None:
             raise ValueError(f"the {name} optimizer's parameters have changed: make a new BilevelOptimizer")
 
 
-def dora_layers(model: Any) -> list[tuple[str, Any]]:
-    """The modules with a magnitude and both low-rank factors, by name."""
+def dora_layers(model: Any) -> dict[str, Any]:
+    """The modules with a magnitude and both low-rank factors, by name; known by these parts, for this package knows no layers."""
     if not isinstance(model, nn.Module):
-        return []
+        return {}
     parts = ("magnitude", "lora_A", "lora_B")
-    return [
-        (name, module) for name, module in model.named_modules()
+    return {
+        name: module for name, module in model.named_modules()
         if all(isinstance(getattr(module, part, None), nn.Parameter) for part in parts)
-    ]  # fmt: skip
+    }  # fmt: skip
 
 
 def _is_in_range(value: Any, least: float, most: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class BilevelOptimizer:
             except NonFinitePass as error:
                 undo.restore(passes=False)
                 self._tell_scaler(finite=False)
-                _clear_grads(self)
+                _clear_grads([*self._direction.parameters, *self._magnitude.parameters])
                 return step_stats(result, watch, self._magnitude, skipped=str(error))
         except BaseException:
             undo.restore()
@@ -220,10 +220,7 @@ class BilevelOptimizer:
             result.left = kept, after
         if estimator.has_second_order:
             vector = flat.gather(validation.direction)
-            self._seen = validation.seen_dtypes or self._seen
-            if not self._seen:
-                self._seen = {buffer.dtype for buffer in flat.buffers}
-                self._seen |= passes.eager_dtypes(loss_fn, val_batch) if dora_layers(self.model) else set()
+            dtype = self._radius_dtype(validation.seen_dtypes, passes, loss_fn, val_batch)
             del validation
             if jacobian is not None:
                 torch._foreach_mul_(vector, jacobian)
@@ -232,8 +229,6 @@ class BilevelOptimizer:
                 self._times_xi(vector)
             if callable(self.difference_batch):
                 part = self.difference_batch(train_batch)
-            dtypes = self._seen | {buffer.dtype for buffer in flat.buffers}
-            dtype = self.compute_dtype or coarsest_dtype(dtypes, flat.buffers[0].device)
             loss = TrainLoss(passes, loss_fn, part, start, before, after, base, drawn, dtype, self.penalty, point)
             try:
                 result.second_order = self._second_order(loss, vector)
@@ -245,6 +240,16 @@ class BilevelOptimizer:
         if keep and not stepped:
             flat.set(before)
             self._lower_step(grads)
+
+    def _radius_dtype(self, seen: set[torch.dtype], passes: Passes, loss_fn: LossFunction, batch: Any) -> torch.dtype:
+        """The coarsest dtype that a difference goes through; where no layer has said its own yet, one eager forward is asked."""
+        if self.compute_dtype is not None:
+            return self.compute_dtype
+        own = {buffer.dtype for buffer in self._direction.buffers}
+        self._seen = seen or self._seen
+        if not self._seen:
+            self._seen = own | (passes.eager_dtypes(loss_fn, batch) if dora_layers(self.model) else set())
+        return coarsest_dtype(self._seen | own, self._direction.buffers[0].device)
 
     def _returns(self) -> bool:
         """Whether a second pass of a step runs where the lower pass does."""
@@ -270,10 +275,7 @@ class BilevelOptimizer:
         jacobian = None
         if isinstance(self.estimator, Sama):
             jacobian = step_derivative(self.lower, self._direction, grads, self.estimator.horizon, clip)
-        self.lower.step()
-        torch.clear_autocast_cache()  # of an autocast around the whole step
-        for parameter in parameters:
-            parameter.grad = None
+        _step(self.lower, parameters)
         return jacobian
 
     def _times_xi(self, vector: Vector) -> Vector:
@@ -310,10 +312,7 @@ class BilevelOptimizer:
                 parameter.grad = grad if id(parameter) in result.touched else None  # as PyTorch: no gradient, no step
             if self.upper_max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(self._magnitude.parameters, self.upper_max_norm)
-            self.upper.step()
-            torch.clear_autocast_cache()
-            for parameter in self._magnitude.parameters:
-                parameter.grad = None
+            _step(self.upper, self._magnitude.parameters)
         else:
             stats = step_stats(result, watch, self._magnitude)
         self._tell_scaler(finite=True)
@@ -362,8 +361,15 @@ class BilevelOptimizer:
         return [(n, getattr(self, n)) for n in ("lower", "upper", "lower_scheduler", "upper_scheduler", "grad_scaler")]
 
 
-def _clear_grads(owner: BilevelOptimizer) -> None:
-    for parameter in (*owner._direction.parameters, *owner._magnitude.parameters):
+def _step(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """A step, after which nothing is left of the gradients, nor of 16-bit copies that an autocast around it all has kept."""
+    optimizer.step()
+    torch.clear_autocast_cache()
+    _clear_grads(parameters)
+
+
+def _clear_grads(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
         parameter.grad = None
 
 

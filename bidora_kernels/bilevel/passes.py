@@ -139,7 +139,7 @@ class Passes:
         losses: list[Tensor] = []
         seen: set[torch.dtype] = set()
         magnitude: list[Tensor | None] = []
-        drawn = PassState(())
+        drawn: PassState  # after part `last`, which there always is
         parts = parts_of(batch)
         last = len(parts) if magnitude_parts is None else magnitude_parts
         share = 1.0 if last == len(parts) else sum(weight for _, weight in parts[:last])
@@ -214,7 +214,7 @@ class Passes:
         known = [grad for grad in grads if grad is not None]
         if known and factor != 1.0:
             torch._foreach_mul_(known, factor)
-        touched = self.touch(flat, grads)
+        touched = self.touch(flat, [grad is not None for grad in grads])
         if self.distributed:
             vector = flat.gather(grads)
             self.average(vector)
@@ -223,13 +223,12 @@ class Passes:
         self.check_finite(known, kind)
         return grads
 
-    def touch(self, flat: FlatParameters, grads: Sequence[Tensor | None]) -> list[bool]:
-        """Which parameters have a gradient, in any process; `touched` remembers them."""
-        found = torch.tensor([grad is not None for grad in grads], dtype=torch.float32)
+    def touch(self, flat: FlatParameters, had: list[bool]) -> list[bool]:
+        """Which parameters had a gradient in any process, from which had one in this; `touched` remembers them."""
         if self.distributed:
-            found = found.to(flat.buffers[0].device)
+            found = torch.tensor(had, dtype=torch.float32, device=flat.buffers[0].device)
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
-        had = [value > 0 for value in found.tolist()]
+            had = [value > 0 for value in found.tolist()]
         self.touched.update(id(parameter) for parameter, one in zip(flat.parameters, had, strict=True) if one)
         return had
 

@@ -19,8 +19,6 @@ from .passes import LossFunction, Passes, checked_loss
 from .radius import noise_floor, relative_radius
 from .snapshot import PassState
 
-Gradients = list[Tensor | None]  # one per parameter, None where there is none
-
 
 class TrainLoss:
     """Derivatives of L_train around this step's directions. Every pass rewinds the random state to the train pass's start.
@@ -128,15 +126,16 @@ class TrainLoss:
         lower.set(self.before)
         self._start.restore()
         total = target.zeros()
-        parts: list[Gradients] = [[None] * len(target.parameters)]
+        had = [False] * len(target.parameters)
         with self._passes.stopwatch.measure("double backward"), _twice_differentiable(self._passes):
             for loss in self._losses(with_penalty=over == "direction"):
                 first = _grads(loss, lower.parameters, create_graph=True)
                 product = _inner(first, lower.views(vector))
                 if product is not None and product.requires_grad:
-                    parts.append(_grads(product, target.parameters))
-                    _accumulate(total, target.gather(parts[-1]))
-        self._passes.touch(target, _first_of(parts))
+                    second = _grads(product, target.parameters)
+                    had = [before or grad is not None for before, grad in zip(had, second, strict=True)]
+                    _accumulate(total, target.gather(second))
+        self._passes.touch(target, had)
         self._passes.average(total)
         self._passes.check_finite(total, "double backward")
         return total
@@ -147,7 +146,7 @@ class TrainLoss:
         lower.set(self.before)
         self._start.restore()
         total = upper.zeros()
-        parts: list[Gradients] = [[None] * len(upper.parameters)]
+        had = [False] * len(upper.parameters)
         with (
             self._passes.stopwatch.measure("forward mode"),
             _twice_differentiable(self._passes),
@@ -159,10 +158,11 @@ class TrainLoss:
                     parameter.copy_(make_dual(parameter.detach().clone(), tangent))
             for loss in self._losses(with_penalty=False):
                 if loss.requires_grad:
-                    parts.append(_grads(loss, upper.parameters))
-                    tangents = [None if grad is None else unpack_dual(grad).tangent for grad in parts[-1]]
+                    grads = _grads(loss, upper.parameters)
+                    had = [before or grad is not None for before, grad in zip(had, grads, strict=True)]
+                    tangents = [None if grad is None else unpack_dual(grad).tangent for grad in grads]
                     _accumulate(total, upper.gather(tangents))
-        self._passes.touch(upper, _first_of(parts))
+        self._passes.touch(upper, had)
         self._passes.average(total)
         self._passes.check_finite(total, "forward mode")
         return total
@@ -219,16 +219,11 @@ def _accumulate(total: Vector, terms: Vector) -> None:
         part.add_(term)
 
 
-def _grads(value: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> Gradients:
+def _grads(value: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> list[Tensor | None]:
     """The gradients of a scalar, None for a parameter that does not require one or that it does not depend on."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     found = iter(torch.autograd.grad(value, wanted, create_graph=create_graph, allow_unused=True) if wanted else ())
     return [next(found) if parameter.requires_grad else None for parameter in parameters]
-
-
-def _first_of(parts: list[Gradients]) -> Gradients:
-    """For each parameter a gradient of some part, where a part has one."""
-    return [next((grad for grad in grads if grad is not None), None) for grads in zip(*parts, strict=True)]
 
 
 def _inner(grads: Sequence[Tensor | None], views: list[Tensor]) -> Tensor | None:

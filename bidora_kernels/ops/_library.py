@@ -83,6 +83,12 @@ def output_is_watched() -> bool:
     return not any(name in sys.modules for name in UNSEEN_WRITERS)
 
 
+def kept_output(y: Tensor) -> tuple[Tensor, int]:
+    """An output that goes to the caller, to be kept beside its version: an alias, or a copy where a write would not show."""
+    kept = y.detach() if output_is_watched() else y.detach().clone()
+    return kept, kept._version
+
+
 _default_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 

@@ -207,11 +207,8 @@ def _save(
         with torch.enable_grad():
             # a copy: hooks that keep the tensor itself would hand back what the caller has overwritten, unnoticed
             ctx.output = _Keep.apply(torch.empty(0, requires_grad=True), y.detach().clone()).grad_fn
-    elif not library.output_is_watched():
-        own = y.detach().clone()
-        ctx.output = own, own._version
     else:
-        ctx.output = y.detach(), y._version
+        ctx.output = library.kept_output(y)
     low_rank_input = x if x_dropped is None else x_dropped
     ctx.save_for_backward(low_rank_input, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept, *again)
 

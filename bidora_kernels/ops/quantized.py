@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import reference
 from . import dora_linear as operator
-from ._library import output_is_watched
+from ._library import kept_output
 
 BLOCK_BYTES = 64 << 20  # of dequantized rows at a time
 
@@ -177,8 +177,7 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.call, ctx.output = call, None
         if call.keeps and all(kept.numel() == 0 for kept in beyond):
             # seen through an alias, so that a caller who overwrites y only costs a recomputation
-            own = y.detach() if output_is_watched() else y.detach().clone()
-            ctx.output = (own, own._version)
+            ctx.output = kept_output(y)
         ctx.weight, ctx.differentiate_norm = weight, not call.detach_norm and norm_given is None
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, x_dropped, bias, norm, *beyond)
         return y

@@ -46,7 +46,7 @@ def two_steps(
     model = small_bert()
     direction, magnitude = bk.split_parameters(model)
     wrapped = model if wrap is None else wrap(model)
-    if wrap in (shard, sharded):
+    if wrap is shard:
         direction, magnitude = bk.split_parameters(model)  # fully_shard puts other parameters in their place
     optimizer = bk.BilevelOptimizer(
         wrapped, lower=lower(direction, lr=1e-2), upper=torch.optim.AdamW(magnitude, lr=1e-2), estimator=estimator,
@@ -65,11 +65,6 @@ def shard(model: torch.nn.Module) -> torch.nn.Module:
     for layer in model.bert.encoder.layer:
         fully_shard(layer)
     return fully_shard(model)
-
-
-def sharded(model: torch.nn.Module) -> torch.nn.Module:
-    """The same, without a look at the hypergradient first."""
-    return shard(model)
 
 
 def frozen(model: torch.nn.Module) -> torch.nn.Module:
@@ -107,7 +102,7 @@ def process(rank: int, port: int, folder: str) -> None:
     refusals = [refusal(estimator=estimator) for estimator in REFUSED]
     refusals += [refusal(penalty=bk.OrthogonalPenalty(0.1)), refusal(grad_scaler=torch.amp.GradScaler("cpu"))]
     with pytest.raises(ValueError, match=r"the same share of every process's batch, got 0\.667 to 1: give equal numbers"):
-        two_steps(bk.Sama(), unequal, validation, sharded, **HALF)
+        two_steps(bk.Sama(), unequal, validation, shard, **HALF)
     failed_step_changes_nothing(train, validation)
     numbers = ("train_loss", "validation_loss", "direct_norm", "second_order_norm", "cosine", "radius", "hypergradient_norm")
     results = {

@@ -86,7 +86,9 @@ def options() -> dict[str, object]:
         print(f"bidora-kernels installs without its native CPU library: {reason}")
         return {}
     depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".md"})
-    extension = Extension("bidora_kernels._native", sources=["csrc/layer.cpp", "csrc/registration.cpp"], depends=depends)
+    extension = Extension(
+        "bidora_kernels._native", sources=["csrc/layer.cpp", "csrc/product.cpp", "csrc/registration.cpp"], depends=depends
+    )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 

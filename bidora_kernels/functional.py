@@ -128,17 +128,18 @@ def _norm_is_free(backend: str, x: Tensor, weight: Tensor, x_dropped: Tensor | N
 def _norm_at(point: DirectionPoint, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor | None:
     """The norms at a point of the directions, from there or put there for the passes to come; None for foreign factors."""
     owner = weight if weight._base is None else weight._base  # a transposed view is a new tensor in every call
-    key, state = (id(lora_A), id(lora_B), scaling), (weakref.ref(owner), weight._version)
-    known, seen = point.norms.get(key, (None, None))
-    if known is not None and seen == state:
-        return known
+    place = () if _quantized.format_of(weight) is not None else (weight.data_ptr(), weight.shape, weight.stride())
+    key, version = (id(lora_A), id(lora_B), scaling, id(owner), *place), weight._version
+    known = point.norms.get(key)
+    if known is not None and known[1]() is owner and known[2] == version:
+        return known[0]
     points = (point, *point.others)
     values = [(chosen.value_of(lora_A), chosen.value_of(lora_B)) for chosen in points]
     pairs = [(a, b) for a, b in values if a is not None and b is not None]
     if len(pairs) < len(points):
         return None
     for chosen, norm in zip(points, weight_norms(weight, pairs, scaling), strict=True):
-        chosen.norms[key] = norm, state
+        chosen.norms[key] = norm, weakref.ref(owner), version
     return point.norms[key][0]
 
 
@@ -192,8 +193,12 @@ def plan(
         product_dtype = reference.norm_dtype(weight)
         if not dropped and _native_plan.takes_few_tokens(tokens, weight, product_dtype, norm_known):
             return cost_model.Plan("activation", False, "native backend: for so few tokens one kernel reads the weight once")
-        pays = not dropped and _native_plan.weight_plan_pays(tokens, weight, product_dtype, norm_known)
-        reason = "writing the merged weight moves fewer bytes than correcting the output" if pays else (
+        bf16 = _native_plan.in_bf16(reference.matmul_dtype(sample, weight, mode.precise), weight, dropped)
+        operands = torch.bfloat16 if bf16 else product_dtype
+        pays = not dropped and _native_plan.takes_weight_plan(tokens, weight, operands, norm_known)
+        reason = "the processor multiplies bf16 operands several times as fast" if bf16 else (
+            "writing the merged weight moves fewer bytes than correcting the output"
+        ) if pays else (
             "dropout needs the product with the frozen weight" if dropped
             else "correcting the output moves fewer bytes than writing the merged weight"
         )  # fmt: skip

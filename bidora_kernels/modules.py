@@ -217,12 +217,14 @@ class FusedDoraLinear(nn.Module):
         sources = self.weight, self.lora_A, self.lora_B, self.magnitude
         if not is_counted(sources):
             return None, None
-        if self._merged_cache is None or not self._merged_cache[1].is_current(sources, self.scaling, dtype):
+        kept = self._merged_cache  # another thread may clear or replace it
+        if kept is None or not kept[1].is_current(sources, self.scaling, dtype):
             weight, lora_A, lora_B, scaling = self.direction_terms()
+            state = ParameterState(sources, scaling, dtype)  # before it is computed: a write in between makes it outdated
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                kept = functional.kept_merged(weight, lora_A, lora_B, self.magnitude, scaling, dtype)
-                self._merged_cache = kept, ParameterState(sources, scaling, dtype)
-        return self._merged_cache[0]
+                kept = functional.kept_merged(weight, lora_A, lora_B, self.magnitude, scaling, dtype), state
+                self._merged_cache = kept
+        return kept[0]
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         dtype = reference.matmul_dtype(x, self.weight)
@@ -238,10 +240,12 @@ class FusedDoraLinear(nn.Module):
         sources = self.weight, self.lora_A, self.lora_B
         if not is_counted(sources):
             return None
-        if self._norm_cache is None or not self._norm_cache[1].is_current(sources, self.scaling):
+        kept = self._norm_cache  # another thread may clear or replace it
+        if kept is None or not kept[1].is_current(sources, self.scaling):
+            state = ParameterState(sources, self.scaling)  # before it is computed: a write in between makes it outdated
             with torch.inference_mode(False), torch.no_grad():
-                self._norm_cache = functional.weight_norm(*self._stored_terms()), ParameterState(sources, self.scaling)
-        return self._norm_cache[0]
+                self._norm_cache = kept = functional.weight_norm(*self._stored_terms()), state
+        return kept[0]
 
     def _prepared_decode(self, norm: Tensor | None) -> functional.Decode | None:
         """What later calls with few tokens take instead of the way through here, where there is such a thing."""
@@ -255,7 +259,10 @@ class FusedDoraLinear(nn.Module):
         terms = (*self._stored_terms()[:3], self.magnitude, self.bias)
         if not functional.may_decode(held, self.weight, *terms[1:]):
             return None
-        return functional.Decode(held, *terms, self.scaling, norm)
+        prepared, kept = functional.Decode(held, *terms, self.scaling, norm), self._norm_cache
+        # what it saw is what the norms were found from, or another thread has written in between
+        same = kept is not None and kept[0] is norm and kept[1].is_current((self.weight, self.lora_A, self.lora_B), self.scaling)
+        return prepared if same else None
 
     def _norm_is_constant(self) -> bool:
         mode = context.current_mode()

@@ -16,8 +16,11 @@ from torch import Tensor
 _LIBRARY = Path(__file__).parent / "_native.so"
 _HOW = "install a C++17 compiler, then: pip install --no-build-isolation --force-reinstall --no-deps bidora-kernels (or -e .)"
 
-# the magnitude's gradient is read off y unless the bias is this much larger than the rest of y, and exactly recomputed there
-DOUBTFUL_RATIO = 2.0
+# the magnitude's gradient is read off y unless the bias is this much larger than the rest of y, and exactly recomputed there;
+# means of absolute values weighted by the output's gradient
+DOUBTFUL_RATIO = 2.5
+
+ONEDNN_FROM = 1 << 24  # multiply-adds of a product from which oneDNN's way through torch costs less than it saves
 
 
 @functools.cache
@@ -41,6 +44,38 @@ def instruction_set() -> str | None:
 def multiplies_bf16() -> bool:
     """Whether this processor has instructions for products of bf16 values, which torch's library then takes."""
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def made_by_intel() -> bool:
+    """Whether the processor is one of Intel's, by its own word."""
+    return why_unavailable() is None and bool(torch.ops.bidora_native.made_by_intel())
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies fp32 matrices faster than MKL, torch's library for them, does on this processor.
+
+    MKL takes its AVX-512 kernels on Intel's processors alone. On a Zen 4 oneDNN needs 0.8 to 0.9 of its time.
+    """
+    if instruction_set() != "avx512" or made_by_intel():
+        return False
+    return torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def takes_onednn(tokens: int, weight: Tensor) -> bool:
+    """Whether a product of so many rows with this weight goes to oneDNN; never where torch was told not to use it."""
+    if weight.dtype is not torch.float32 or tokens * weight.numel() < ONEDNN_FROM:
+        return False
+    return onednn_is_faster() and bool(torch.backends.mkldnn.enabled)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, [tokens, out], of matrices of one dtype, in `out` where there is one; a weight may be transposed."""
+    if takes_onednn(x.shape[0], weight):
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], None)
+        return y if out is None else out.copy_(y)
+    transposed = weight.t()
+    return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
 
 def is_transposed(weight: Tensor) -> bool:
@@ -85,6 +120,11 @@ def merged_weight(
     )
 
 
+def _multiplies(rows: Tensor, merged: Tensor) -> bool:
+    """Whether oneDNN multiplies the rows of a tensor [..., features] with the merged weight."""
+    return takes_onednn(rows.numel() // max(1, rows.shape[-1]), merged)
+
+
 def dora_linear(
     x: Tensor,
     weight: Tensor,
@@ -101,7 +141,7 @@ def dora_linear(
     weight's orientation.
     """
     return torch.ops.bidora_native.dora_linear.default(  # type: ignore[no-any-return]
-        x, stored(weight), lora_A, lora_B, magnitude, bias, scaling, merged
+        x, stored(weight), lora_A, lora_B, magnitude, bias, scaling, merged, _multiplies(x, merged)
     )
 
 
@@ -127,7 +167,7 @@ def dora_linear_backward(
     """
     return torch.ops.bidora_native.dora_linear_backward.default(  # type: ignore[no-any-return]
         grad_output, x, output, stored(weight), lora_A, lora_B, magnitude, norm, bias, scaling, merged, needs_direction,
-        doubtful_ratio,
+        doubtful_ratio, merged is not None and _multiplies(grad_output, merged),
     )  # fmt: skip
 
 

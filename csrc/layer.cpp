@@ -50,6 +50,7 @@ int64_t adapter_gradients_of(
     flags = static_cast<bool*>(doubtful->mutable_data_ptr());
   }
   if (direction) args.x = matrix(x, "x", tokens, in);
+  args.direction = direction, args.with_magnitude = with_magnitude;
   auto scale = buffer<T>(std::max<int64_t>(1, n));
   for (int64_t i = 0; i < n; ++i) scale[i] = norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1);
   const int64_t padded_in = panel_count<T>(in) * k.panel, padded_out = panel_count<T>(n) * k.panel;
@@ -68,13 +69,13 @@ int64_t adapter_gradients_of(
   }
   // a block of x and g stays in a core's cache between its projection and its sums; partial sums in 4 MiB, by the shape alone
   args.block = std::clamp<int64_t>(kBlockElements / std::max<int64_t>(1, padded_in + padded_out) / 8 * 8, 16, kBlock);
-  const int64_t size = (direction ? r * (padded_in + padded_out) : 0) + 2 * padded_out;
+  const int64_t size = (direction ? r * (padded_in + padded_out) : 0) + 3 * padded_out;
   const int64_t room = std::max<int64_t>(1, kPartialBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, size));
   const int64_t parts = std::clamp<int64_t>(tokens / (8 * kBlock), 1, std::min<int64_t>(16, room));
   auto partial = buffer<T>(std::max<int64_t>(1, parts * size));
   const int64_t cost = tokens / parts * (direction ? (2 * r + 2) * (in + n) : 4 * n);
   torch::stable::parallel_for(0, parts, grain(cost), [&](int64_t begin, int64_t end) {
-    auto own = buffer<T>(kBlock * (padded_in + 2 * padded_out + 2 * r) + 2 * padded_out + 1);
+    auto own = buffer<T>(kBlock * (padded_in + 2 * padded_out + 2 * r) + 3 * padded_out + 1);
     for (int64_t part = begin; part < end; ++part) {
       T* to = partial.get() + part * size;
       std::fill(to, to + size, T(0));
@@ -96,18 +97,20 @@ int64_t adapter_gradients_of(
     });
   }
   const int64_t after_A = direction ? r * padded_in : 0, after_B = after_A + (direction ? r * padded_out : 0);
+  const double smallest = with_magnitude && args.y.dtype == Dtype::f16 ? 0x1p-14 : 0.0;  // what its full precision reaches down to
   std::atomic<int64_t> doubtful_count{0};
   torch::stable::parallel_for(0, n, grain(((direction ? r : 0) + 2) * parts), [&](int64_t begin, int64_t end) {
     for (int64_t start = begin; start < end; start += kTile) {
       const int64_t count = std::min(end - start, kTile);
-      T tile[kTile], squares[kTile];
+      T tile[kTile], sizes[kTile], weights[kTile];
       for (int64_t j = 0; direction && j < r; ++j) {
         sum(after_A + j * padded_out + start, count, tile);
         for (int64_t i = 0; i < count; ++i) to_B[(start + i) * r + j] = T(scaling) * scale[start + i] * tile[i];
       }
       if (!with_magnitude) continue;
       sum(after_B + start, count, tile);
-      sum(after_B + padded_out + start, count, squares);
+      sum(after_B + padded_out + start, count, sizes);
+      sum(after_B + 2 * padded_out + start, count, weights);
       for (int64_t c = 0; c < count; ++c) {
         const int64_t i = start + c;
         const bool fixed = !(norms[i] >= T(kNormFloor));
@@ -116,11 +119,12 @@ int64_t adapter_gradients_of(
           to_m[i] = fixed ? T(0) : tile[c] / norms[i];
           continue;
         }
-        // y - bias lost the digits of c u where the bias is the larger part; near m = 0 it is not divisible by m
-        const double shift = offset ? double(offset[i]) : 0.0;
-        const bool lost = shift * shift * double(tokens) > doubtful_ratio * doubtful_ratio * double(squares[c]);
+        // y - bias lost the digits of c u where the bias is the larger part in the tokens that have a gradient, or where c u is
+        // below y's normal numbers; near m = 0 it is not divisible by m
+        const double shift = (offset ? std::abs(double(offset[i])) : 0.0) + smallest;
+        const bool lost = shift * double(weights[c]) > doubtful_ratio * double(sizes[c]);
         const bool tiny = !(std::abs(double(m[i])) >= kNormFloor * std::max(1.0, double(norms[i])));
-        flags[i] = !fixed && (tiny || (shift != 0.0 && lost));
+        flags[i] = !fixed && (tiny || lost);
         to_m[i] = fixed || tiny ? T(0) : tile[c] / m[i];
         if (flags[i]) ++doubtful_count;
       }
@@ -145,12 +149,6 @@ Tensor with_rows(const Tensor& t) {
   return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1) ? matrix : torch::stable::contiguous(matrix);
 }
 
-Tensor called(const char* name, const Tensor& a, const Tensor& b, const std::optional<Tensor>& c) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(c)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // The same values in another shape, not counted as a view: an operator's output may then be overwritten in place
 Tensor unsafe_view(const Tensor& t, const std::vector<int64_t>& sizes) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(t), torch::stable::detail::from(sizes)};
@@ -171,7 +169,7 @@ int64_t adapter_gradients(
 
 std::tuple<Tensor, Tensor> dora_linear(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-    std::optional<Tensor> bias, double scaling, const Tensor& merged) {
+    std::optional<Tensor> bias, double scaling, const Tensor& merged, bool onednn) {
   STD_TORCH_CHECK(x.dim() >= 2 && weight.dim() == 2 && merged.dim() == 2, "x must be [..., in], weight and merged matrices");
   STD_TORCH_CHECK(x.scalar_type() == merged.scalar_type(), "x and merged must have the same dtype");
   STD_TORCH_CHECK(x.size(x.dim() - 1) == weight.size(1), "x must be [..., ", weight.size(1), "], got [..., ", x.size(x.dim() - 1), "]");
@@ -180,19 +178,21 @@ std::tuple<Tensor, Tensor> dora_linear(
   const bool dither = merged.scalar_type() == ScalarType::BFloat16;
   merged_weight(weight, constant(lora_A, dtype), constant(lora_B, dtype), m, scaling, norm, false, false, merged, dither);
   if (bias.has_value()) bias = constant(*bias, merged.scalar_type());
-  if (x.dim() == 2) return {called("aten::linear", x, merged, bias), norm};
+  const std::array<int64_t, 2> flat{rows_of(x), weight.size(1)};
+  const Tensor matrix = x.dim() == 2 ? x : torch::stable::reshape(x, flat);
+  const Tensor y = product(matrix, merged, bias, onednn);
+  if (x.dim() == 2) return {y, norm};
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(weight.size(0));
-  const std::array<int64_t, 2> flat{rows_of(x), weight.size(1)};
-  return {unsafe_view(called("aten::linear", torch::stable::reshape(x, flat), merged, bias), sizes), norm};
+  return {unsafe_view(y, sizes), norm};
 }
 
 std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
 dora_linear_backward(
     const Tensor& g, const Tensor& x, std::optional<Tensor> y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged,
-    bool needs_direction, double doubtful_ratio) {
+    bool needs_direction, double doubtful_ratio, bool onednn) {
   const ScalarType dtype = accumulating(weight);
   const Tensor a = constant(lora_A, dtype), b = constant(lora_B, dtype), m = constant(magnitude, dtype), n = constant(norm, dtype);
   const Tensor grad = with_rows(g);
@@ -213,7 +213,7 @@ dora_linear_backward(
     STD_TORCH_CHECK(grad.scalar_type() == merged->scalar_type(), "g and merged must have the same dtype");
     const bool dither = merged->scalar_type() == ScalarType::BFloat16;
     merged_weight(weight, a, b, m, scaling, n, true, false, *merged, dither);
-    grad_x = torch::stable::matmul(grad, *merged);
+    grad_x = product(grad, torch::stable::transpose(*merged, 0, 1), std::nullopt, onednn);
   }
   return {grad_x, grad_A, grad_B, grad_magnitude, doubtful};
 }

@@ -22,10 +22,13 @@ int64_t adapter_gradients(
     std::optional<Tensor> grad_B, std::optional<Tensor> grad_magnitude, std::optional<Tensor> doubtful, double doubtful_ratio,
     bool from_updated);
 
+// x weight^T + bias [..., out] of tensors of one dtype; oneDNN takes fp32
+Tensor product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool onednn);
+
 // (y [..., out], the norms): writes the merged weight to `merged` and multiplies x [..., in] of the same dtype with it.
 std::tuple<Tensor, Tensor> dora_linear(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-    std::optional<Tensor> bias, double scaling, const Tensor& merged);
+    std::optional<Tensor> bias, double scaling, const Tensor& merged, bool onednn);
 
 // (grad_x, grad_A, grad_B, grad_magnitude, doubtful rows where there are some), absent where they are not asked for: grad_x by
 // `merged`, memory for the merged weight, the magnitude's by y. grad_x is [..., in], or a matrix where g is not contiguous.
@@ -33,6 +36,6 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, 
 dora_linear_backward(
     const Tensor& g, const Tensor& x, std::optional<Tensor> y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged,
-    bool needs_direction, double doubtful_ratio);
+    bool needs_direction, double doubtful_ratio, bool onednn);
 
 }  // namespace bidora

@@ -213,11 +213,14 @@ void few_tokens(
 
 std::string kernels_instruction_set() { return instruction_set(); }
 
+bool processor_made_by_intel() { return made_by_intel(); }
+
 }  // namespace
 }  // namespace bidora
 
 STABLE_TORCH_LIBRARY(bidora_native, m) {
   m.def("instruction_set() -> str");
+  m.def("made_by_intel() -> bool");
   m.def("weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor(a!) norm) -> ()");
   m.def(
       "merged_weight(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? magnitude, float scaling, Tensor(a!) norm, "
@@ -228,11 +231,11 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
       "Tensor(d!)? doubtful, float doubtful_ratio, bool from_updated) -> int");
   m.def(
       "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, float scaling, "
-      "Tensor(a!) merged) -> (Tensor, Tensor)");
+      "Tensor(a!) merged, bool onednn) -> (Tensor, Tensor)");
   m.def(
       "dora_linear_backward(Tensor g, Tensor x, Tensor? y, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
-      "Tensor norm, Tensor? bias, float scaling, Tensor(a!)? merged, bool needs_direction, float doubtful_ratio) "
-      "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+      "Tensor norm, Tensor? bias, float scaling, Tensor(a!)? merged, bool needs_direction, float doubtful_ratio, "
+      "bool onednn) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def(
       "direction_backward(Tensor weight, Tensor? grad, Tensor lora_A, Tensor lora_B, Tensor? magnitude, float scaling, "
       "Tensor norm, Tensor? grad_norm, Tensor(a!) grad_A, Tensor(b!) grad_B, Tensor(c!)? grad_magnitude) -> ()");
@@ -246,6 +249,7 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(bidora_native, CompositeExplicitAutograd, m) {  // no tensor says which device
   m.impl("instruction_set", TORCH_BOX(&bidora::kernels_instruction_set));
+  m.impl("made_by_intel", TORCH_BOX(&bidora::processor_made_by_intel));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bidora_native, CPU, m) {

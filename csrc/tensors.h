@@ -36,11 +36,13 @@ inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_
 // [rows, columns] with contiguous rows, or a contiguous [..., columns] of so many rows
 inline Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   check_cpu(t, name);
+  STD_TORCH_CHECK(t.numel() == 0 || t.const_data_ptr() != nullptr, name, " has no memory any more");
   if (t.dim() > 2 && t.size(t.dim() - 1) == columns && t.numel() == rows * columns && t.is_contiguous())
     return {const_cast<void*>(t.const_data_ptr()), columns, dtype_of(t, name)};
   STD_TORCH_CHECK(
       t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must be [", rows, ", ", columns, "], got a tensor of ",
       t.dim(), " dimensions and ", t.numel(), " elements");
+  if (rows == 0) return {const_cast<void*>(t.const_data_ptr()), columns, dtype_of(t, name)};
   STD_TORCH_CHECK(columns <= 1 || t.stride(1) == 1, name, " must have contiguous rows, got stride ", t.stride(1));
   STD_TORCH_CHECK(rows <= 1 || t.stride(0) >= columns, name, " must have rows that do not overlap, got stride ", t.stride(0));
   return {const_cast<void*>(t.const_data_ptr()), rows <= 1 ? columns : t.stride(0), dtype_of(t, name)};

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bidora_kernels as bk
-from bidora_kernels.ops._context import current_mode
+from bidora_kernels.ops._context import DirectionPoint, current_mode
 
 
 def trained_layer(**options: object) -> bk.FusedDoraLinear:
@@ -144,3 +144,18 @@ def test_a_compiled_layer_follows_the_mode() -> None:
             assert (eager is None) == (traced is None)
             if eager is not None:
                 torch.testing.assert_close(eager, traced)
+
+
+@pytest.mark.parametrize("slices", [True, False])
+def test_the_norms_at_a_point_belong_to_their_weight(slices: bool) -> None:
+    """Factors that several weights share, whole tensors or parts of one."""
+    weights = torch.randn(64, 32) * torch.linspace(0.1, 3, 64).unsqueeze(1)
+    first, second = (weights[:32], weights[32:]) if slices else (weights[:32].clone(), weights[32:].clone())
+    lora_A, lora_B, magnitude, x = torch.randn(4, 32), torch.randn(32, 4), torch.ones(32), torch.randn(3, 32)
+    with bk.pass_mode(point=DirectionPoint(lambda tensor: tensor)):
+        found = [bk.functional.dora_linear(x, weight, lora_A, lora_B, magnitude, 1.0) for weight in (first, second, first)]
+        first.mul_(torch.linspace(1, 2, 32))
+        found.append(bk.functional.dora_linear(x, first, lora_A, lora_B, magnitude, 1.0))
+    torch.testing.assert_close(found[1], bk.reference.dora_linear(x, second, lora_A, lora_B, magnitude, 1.0))
+    torch.testing.assert_close(found[3], bk.reference.dora_linear(x, first, lora_A, lora_B, magnitude, 1.0))
+    assert torch.equal(found[0], found[2])

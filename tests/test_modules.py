@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import bidora_kernels as bk
 from bidora_kernels import reference
-from bidora_kernels.ops import _context
+from bidora_kernels.ops import _context, _workspace
 
 OUT, IN = 10, 12
 
@@ -418,6 +422,60 @@ def test_a_kept_norm_does_not_keep_an_offloaded_weight() -> None:
         layer.clear_cache()
         assert torch.equal(got, layer(torch.ones(40, 64)))
     assert not torch.equal(got, y)
+
+
+def test_a_write_while_the_norms_are_found_outdates_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by another thread that trains the layer."""
+    layer, x = bk.FusedDoraLinear.from_linear(nn.Linear(64, 40), r=4).eval(), torch.randn(3, 64)
+    found = bk.functional.weight_norm
+
+    def interrupted(*terms: Any) -> Tensor:
+        norm = found(*terms)
+        nn.init.normal_(layer.lora_B)
+        return norm
+
+    with torch.no_grad():
+        monkeypatch.setattr(bk.functional, "weight_norm", interrupted)
+        layer(x)
+        monkeypatch.undo()
+        assert layer._decode is None
+        got = layer(x)
+        layer.clear_cache()
+        torch.testing.assert_close(got, layer(x))
+
+
+def test_threads_may_drop_what_others_use() -> None:
+    layer, x = bk.FusedDoraLinear.from_linear(nn.Linear(64, 40), r=4).eval(), torch.randn(3, 64)
+    stop, failures = time.monotonic() + 1.0, []
+
+    def repeat(action: Callable[[], object]) -> None:
+        try:
+            while time.monotonic() < stop:
+                action()
+        except Exception as error:
+            failures.append(error)
+
+    def forward() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    def another_workspace() -> None:
+        thread = threading.Thread(target=forward)
+        thread.start()
+        thread.join()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        actions = [forward, forward, layer.clear_cache, another_workspace, _workspace.workspace_bytes]
+        threads = [threading.Thread(target=repeat, args=(action,)) for action in actions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -34,7 +34,7 @@ class DirectionPoint:
 
     value_of: Callable[[Tensor], Tensor | None]
     others: tuple[DirectionPoint, ...] = ()
-    norms: dict[Any, tuple[Tensor, Any]] = dataclasses.field(default_factory=dict)
+    norms: dict[Any, tuple[Tensor, Any, int]] = dataclasses.field(default_factory=dict)
 
     def release(self) -> None:
         """Let go of everything: layers remember the mode of their last pass, and it the point."""

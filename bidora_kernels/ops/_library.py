@@ -50,7 +50,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rows(tensor: Tensor) -> Tensor:
     """The matrix itself where its rows are contiguous and do not overlap, else a contiguous copy."""
-    if tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]:
+    if (tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]) or tensor.numel() == 0:
         return tensor
     return tensor.contiguous()
 
@@ -87,6 +87,11 @@ def kept_output(y: Tensor) -> tuple[Tensor, int]:
     """An output that goes to the caller, to be kept beside its version: an alias, or a copy where a write would not show."""
     kept = y.detach() if output_is_watched() else y.detach().clone()
     return kept, kept._version
+
+
+def still_kept(y: Tensor, version: int) -> Tensor | None:
+    """What `kept_output` kept, or None where the caller has overwritten it or freed its memory."""
+    return y if y._version == version and (y.untyped_storage().nbytes() > 0 or y.numel() == 0) else None
 
 
 _default_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)

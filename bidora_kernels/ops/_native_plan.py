@@ -6,8 +6,8 @@ few the second; `weight_plan_pays` counts the bytes. Up to FEW_TOKENS one kernel
 
 Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16-bit layers: W' in fp32 loses no small update,
 and inputs are not rounded to the product dtype. But where the processor has bf16 instructions, which multiply four times as fast,
-a bf16 pass takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout, precise passes and the forward of few
-tokens stay in fp32.
+a bf16 pass takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout, precise passes and the forward that one
+kernel does for few tokens stay in fp32. Which library multiplies in fp32 is `native.product`'s choice.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def in_bf16(product_dtype: torch.dtype, weight: Tensor, dropped: bool) -> bool:
     """Whether the products with W' take bf16 operands."""
     bf16 = product_dtype is torch.bfloat16 and weight.dtype is not torch.float64
     return bf16 and not dropped and native.multiplies_bf16()
+
+
+def added_bias(bias: Tensor | None, taken_bf16: bool) -> Tensor | None:
+    """The bias as a pass adds it, and as its backward must subtract it from y again: beside bf16 operands it is one, too."""
+    return bias if bias is None or not taken_bf16 else as_dtype(bias, torch.bfloat16)
 
 
 def takes_weight_plan(tokens: int, weight: Tensor, operands: torch.dtype, norm_known: bool, backward: bool = False) -> bool:
@@ -185,9 +190,8 @@ def forward(
     x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
     dtype = reference.norm_dtype(weight)
     few = x_dropped is None and takes_few_tokens(x.shape[0], weight, dtype, norm_known)
-    layer = Layer(
-        weight, lora_A, lora_B, magnitude, bias, scaling, not few and in_bf16(product_dtype, weight, x_dropped is not None)
-    )
+    bf16 = in_bf16(product_dtype, weight, x_dropped is not None)
+    layer = Layer(weight, lora_A, lora_B, magnitude, added_bias(bias, bf16), scaling, bf16 and not few)
     norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
     if x_dropped is None and not few and takes_weight_plan(x.shape[0], weight, layer.operands, norm_known):
         kept = y = _outputs(layer, layer.flat(x, layer.operands), norm, layer.bias, norm_known)
@@ -200,14 +204,14 @@ def forward(
             kept = y = x.new_empty(x.shape[0], out_features)
             native.few_tokens(x, native.stored(weight), layer.lora_A, layer.lora_B, scale, layer.bias, scaling, y)
         elif x_dropped is None:
-            kept = y = torch.mm(x, weight.t())
+            kept = y = native.product(x, weight)
             native.compose(y, torch.mm(x, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y)
         else:
             x_dropped = layer.flat(x_dropped)
             y, kept = x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], out_features)
             for part, frozen in layer.frozen_blocks():
-                torch.mm(x, frozen.t(), out=y[:, part])
-                torch.mm(x_dropped, frozen.t(), out=kept[:, part])
+                native.product(x, frozen, out=y[:, part])
+                native.product(x_dropped, frozen, out=kept[:, part])
             native.compose(y, torch.mm(x_dropped, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y, kept)
     kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps, bias is not None)
     return y if y.dtype is out_dtype else y.to(out_dtype), norm, None if kept_as is None else kept, ()
@@ -242,6 +246,8 @@ def backward(
     through_norm = needs_direction and differentiate_norm
     needs_output = needs_magnitude or through_norm
     by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
+    bf16 = in_bf16(product_dtype, weight, dropped)
+    bias = added_bias(bias, bf16)
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = doubtful = None
     whole = False
     if not (dropped or by_library or x.dim() < 2 or (needs_output and kept is None)):
@@ -254,7 +260,7 @@ def backward(
         )  # fmt: skip
         if doubtful is None and not through_norm:
             return grad_x, None, grad_A, grad_B, grad_magnitude
-    layer = Layer(weight, lora_A, lora_B, magnitude, bias, scaling, in_bf16(product_dtype, weight, dropped))
+    layer = Layer(weight, lora_A, lora_B, magnitude, bias, scaling, bf16)
     norm = layer.constant(norm)
     g = rows(flatten(grad_output))
     if not whole and (needs_direction or needs_magnitude):
@@ -288,7 +294,7 @@ def backward(
             grad_x = _product(g, layer.merged_blocks(norm), weight.shape[1])
         else:
             scaled = g * reference.row_scale(layer.magnitude, norm)
-            grad_x = torch.mm(scaled, weight).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
+            grad_x = native.product(scaled, weight.t()).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
     return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude if needs_magnitude else None
 
 
@@ -304,15 +310,10 @@ def _outputs(layer: Layer, x: Tensor, norm: Tensor, bias: Tensor | None, norm_kn
     if bias is not None and bias.dtype is not layer.operands:
         bias = bias.to(layer.operands)
     if fits_workspace(layer.weight, layer.operands):
-        transposed = layer.merged(norm, norm_known).t()
-        return torch.mm(x, transposed) if bias is None else torch.addmm(bias, x, transposed)
+        return native.product(x, layer.merged(norm, norm_known), bias)
     y = x.new_empty(x.shape[0], layer.weight.shape[0])
     for part in layer.parts():
-        transposed = layer.merged(norm, norm_known, part=part).t()
-        if bias is None:
-            torch.mm(x, transposed, out=y[:, part])
-        else:
-            torch.addmm(bias[part], x, transposed, out=y[:, part])
+        native.product(x, layer.merged(norm, norm_known, part=part), None if bias is None else bias[part], y[:, part])
     return y
 
 
@@ -320,10 +321,10 @@ def _product(g: Tensor, blocks: Iterator[tuple[slice, Tensor]], in_features: int
     """g @ weight over blocks of output features."""
     product = None
     for part, block in blocks:
+        partial = native.product(g[:, part], block.t())
         if product is None:
-            product = torch.mm(g[:, part], block)
-        elif product.dtype is torch.bfloat16 or g.dtype is torch.bfloat16:  # summed in fp32, rounded once
-            product = product.float().add_(torch.mm(g[:, part], block))
-        else:
-            product.addmm_(g[:, part], block)
+            product = partial
+            continue
+        # bf16 parts are summed in fp32 and rounded once
+        product = (product.float() if product.dtype is torch.bfloat16 else product).add_(partial)
     return g.new_zeros(g.shape[0], in_features) if product is None else product

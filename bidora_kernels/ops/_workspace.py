@@ -19,6 +19,7 @@ SETTLING_BYTES = (32 << 20) - (64 << 10)  # glibc learns from freed blocks of up
 
 _local = threading.local()
 _buffers: weakref.WeakSet[Tensor] = weakref.WeakSet()
+_buffers_change = threading.Lock()
 
 
 def rows_per_block(columns: int, dtype: torch.dtype) -> int:
@@ -51,7 +52,8 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, transposed: bool = Fa
             settle_allocator()
             buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
             _local.buffer = buffer
-            _buffers.add(buffer)
+            with _buffers_change:
+                _buffers.add(buffer)
             views.clear()
         values = buffer[:size].view(dtype)
         values = values.view(columns, rows).t() if transposed else values.view(rows, columns)
@@ -61,7 +63,8 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, transposed: bool = Fa
 
 def workspace_bytes() -> int:
     """Bytes that the workspaces of all threads hold at present."""
-    return sum(buffer.numel() for buffer in list(_buffers))
+    with _buffers_change:
+        return sum(buffer.numel() for buffer in _buffers)
 
 
 def release_workspace() -> None:

@@ -84,7 +84,7 @@ class Decode:
             y = scale.new_empty(tokens, scale.shape[0])
             native.few_tokens(x, weight, lora_A, lora_B, scale, bias, factor, y)
         else:
-            y = torch.mm(x, weight.t())
+            y = native.product(x, weight)
             native.compose(y, torch.mm(x, lora_A.t()), lora_B, scale, bias, factor, y)
         if len(shape) == 2 and dtype is torch.float32:
             return y

@@ -185,6 +185,15 @@ class _Keep(torch.autograd.Function):
         return None, None
 
 
+def kept_output(y: Tensor) -> Any:
+    """y for `saved_output`. The caller may overwrite it (an activation in place): then the backward computes it again."""
+    if not library.saves_through_hooks():
+        return library.kept_output(y)
+    with torch.enable_grad():
+        # a copy: hooks that keep the tensor itself would hand back what the caller has overwritten, unnoticed
+        return _Keep.apply(torch.empty(0, requires_grad=True, device="cpu"), y.detach().clone()).grad_fn
+
+
 def _save(
     ctx: Any, inputs: tuple[Any, ...], y: Tensor, norm: Tensor, kept: Tensor | None, again: tuple[Tensor, ...] = ()
 ) -> None:
@@ -202,13 +211,8 @@ def _save(
         pass
     elif torch.compiler.is_compiling():
         kept = y
-    # the caller may overwrite y (an activation in place): then the backward computes it again
-    elif library.saves_through_hooks():
-        with torch.enable_grad():
-            # a copy: hooks that keep the tensor itself would hand back what the caller has overwritten, unnoticed
-            ctx.output = _Keep.apply(torch.empty(0, requires_grad=True), y.detach().clone()).grad_fn
     else:
-        ctx.output = library.kept_output(y)
+        ctx.output = kept_output(y)
     low_rank_input = x if x_dropped is None else x_dropped
     ctx.save_for_backward(low_rank_input, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept, *again)
 
@@ -219,14 +223,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _save(ctx, inputs, y, norm if norm_given is None else norm_given, kept if kept.numel() > 0 else None)
 
 
-def _saved_output(ctx: Any) -> Tensor | None:
+def saved_output(ctx: Any) -> Tensor | None:
     """y where it was kept and is still what the forward returned."""
     output, ctx.output = ctx.output, None  # freed with the pass; a second backward through a retained graph computes y again
     if output is None:
         return None
     if isinstance(output, tuple):
-        y, version = output
-        return y if y._version == version else None
+        return library.still_kept(*output)
     try:
         return output.saved_tensors[0]
     except RuntimeError as error:
@@ -240,7 +243,7 @@ def _gradients(ctx: Any, grad_output: Tensor, bypass: bool) -> tuple[Tensor | No
     x, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept, *again = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if kept is None:
-        kept = _saved_output(ctx)
+        kept = saved_output(ctx)
         kept = None if ctx.watched and not bypass else kept  # the operator would take y for the base output
     arguments = (
         grad_output, x, weight, lora_A, lora_B, magnitude, norm, bias, kept, ctx.scaling, ctx.dropped, needs[0], needs[7],

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import reference
 from . import dora_linear as operator
-from ._library import kept_output
 
 BLOCK_BYTES = 64 << 20  # of dequantized rows at a time
 
@@ -161,7 +160,8 @@ class _QuantizedLinear(torch.autograd.Function):
         """y [..., out]."""
         out_features = lora_B.shape[0]
         y = x.new_empty((*x.shape[:-1], out_features), dtype=call.out_dtype)
-        norm = torch.empty(out_features, dtype=torch.float32, device=x.device) if norm_given is None else norm_given
+        dtype = reference.norm_dtype(stand_in(weight))
+        norm = torch.empty(out_features, dtype=dtype, device=x.device) if norm_given is None else norm_given
         beyond: list[Tensor] = []
         for part, block in row_blocks(weight):
             values, norms, kept = operator._dora_linear(
@@ -176,8 +176,7 @@ class _QuantizedLinear(torch.autograd.Function):
             del block  # before the next one is made
         ctx.call, ctx.output = call, None
         if call.keeps and all(kept.numel() == 0 for kept in beyond):
-            # seen through an alias, so that a caller who overwrites y only costs a recomputation
-            ctx.output = kept_output(y)
+            ctx.output = operator.kept_output(y)
         ctx.weight, ctx.differentiate_norm = weight, not call.detach_norm and norm_given is None
         ctx.save_for_backward(x, lora_A, lora_B, magnitude, x_dropped, bias, norm, *beyond)
         return y
@@ -186,10 +185,7 @@ class _QuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, lora_A, lora_B, magnitude and x_dropped."""
         x, lora_A, lora_B, magnitude, x_dropped, bias, norm, *beyond = ctx.saved_tensors
-        call, needs, output = ctx.call, ctx.needs_input_grad, None
-        if ctx.output is not None and ctx.output[0]._version == ctx.output[1]:
-            output = ctx.output[0]
-        ctx.output = None
+        call, needs, output = ctx.call, ctx.needs_input_grad, operator.saved_output(ctx)
         needs_direction = needs[1] or needs[2]
         grads: list[Tensor | None] = [None, None, None]  # x, x_dropped, lora_A: summed over blocks
         grad_B, grad_m = torch.empty_like(lora_B), torch.empty_like(magnitude)
@@ -206,7 +202,7 @@ class _QuantizedLinear(torch.autograd.Function):
             for slot, value in enumerate(found[:3]):
                 if (needs[0], needs[4], needs_direction)[slot]:
                     held = grads[slot]
-                    grads[slot] = value.float() if held is None else held.add_(value)
+                    grads[slot] = value.to(torch.promote_types(value.dtype, torch.float32)) if held is None else held.add_(value)
             if needs_direction:
                 grad_B[part] = found[3]
             if needs[3]:

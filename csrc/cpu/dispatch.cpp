@@ -51,6 +51,14 @@ const Kernels<double>& kernels<double>() {
   return BIDORA_PICK(table_f64);
 }
 
+bool made_by_intel() {
+#ifdef BIDORA_HAS_X86_LEVELS
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 const char* instruction_set() {
   return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "baseline";
 }

@@ -81,29 +81,31 @@ BIDORA_INLINE void add_ranks(const T* rows, int64_t row_stride, int64_t count, c
   for (; j < r; ++j) add_panel<T, 1>(rows, row_stride, count, factor + j * kBlock, to + j * stride, stride);
 }
 
-// dot += sum_t g (y - bias), square += sum_t (y - bias)^2 over TOKENS rows, read along the rows
+// dot += sum_t g u, size += sum_t |g u|, weight += sum_t |g| over TOKENS rows, u = y - bias, read along the rows
 template <typename T, int TOKENS>
 BIDORA_INLINE void add_magnitude(
-    const Rows<T>& g, const Rows<T>& y, int64_t token, int64_t columns, const T* bias, T* dot, T* square) {
+    const Rows<T>& g, const Rows<T>& y, int64_t token, int64_t columns, const T* bias, T* dot, T* size, T* weight) {
   for (int64_t c = 0; c < columns; c += kLanes<T>) {
-    Vector<T> b = {}, dots = load(dot + c), squares = load(square + c);
+    Vector<T> b = {}, dots = load(dot + c), sizes = load(size + c), weights = load(weight + c);
     if (bias) b = load(bias + c);
     for (int64_t t = 0; t < TOKENS; ++t) {
-      Vector<T> u = load(y.at(token + t, c)) - b;
-      dots += load(g.at(token + t, c)) * u;
-      squares += u * u;
+      Vector<T> dy = load(g.at(token + t, c)), product = dy * (load(y.at(token + t, c)) - b);
+      dots += product;
+      sizes += product < T(0) ? -product : product;
+      weights += dy < T(0) ? -dy : dy;
     }
     store(dot + c, dots);
-    store(square + c, squares);
+    store(size + c, sizes);
+    store(weight + c, weights);
   }
 }
 
-// Tokens [begin, end) added to a partial sum: grad_A [r, padded in], grad_B^T [r, padded out], then the two magnitude sums
-// [padded out] each.
+// Tokens [begin, end) added to a partial sum: grad_A [r, padded in], grad_B^T [r, padded out], then the three magnitude
+// sums [padded out] each.
 template <typename T>
 static void gradient_tokens(const GradientArgs<T>& a, int64_t begin, int64_t end, T* partial, T* scratch) {
   const int64_t in = panels_of<T>(a.in_features) * kPanel<T>, out = panels_of<T>(a.out_features) * kPanel<T>;
-  const bool direction = a.x.data != nullptr;
+  const bool direction = a.direction;
   T *grad_A = partial, *grad_B = grad_A + (direction ? a.r * in : 0), *dot = grad_B + (direction ? a.r * out : 0);
   T *own_g = scratch, *own_y = own_g + kBlock * out, *own_x = own_y + kBlock * out, *hidden = own_x + kBlock * in,
     *projected = hidden + a.r * kBlock, *sums = projected + a.r * kBlock;
@@ -121,18 +123,18 @@ static void gradient_tokens(const GradientArgs<T>& a, int64_t begin, int64_t end
         add_ranks(x.at(0, first), x.stride, count, projected, a.r, grad_A + first, in);
       }
       for (int64_t first = 0; first < out; first += kPanel<T>) {
-        if (a.y.data) request_panel<T>(a.y, token, count, first);
+        if (a.with_magnitude) request_panel<T>(a.y, token, count, first);
         request_panel<T>(a.g, after, more, first);
         add_ranks(g.at(0, first), g.stride, count, hidden, a.r, grad_B + first, out);
       }
     }
-    if (a.y.data) {
+    if (a.with_magnitude) {
       const Rows<T> y = block_of(a.y, token, count, a.out_features, own_y);
-      for (int64_t c = 0; c < 2 * out; ++c) sums[c] = T(0);
+      for (int64_t c = 0; c < 3 * out; ++c) sums[c] = T(0);
       int64_t t = 0;
-      for (; t + 4 <= count; t += 4) add_magnitude<T, 4>(g, y, t, out, a.bias, sums, sums + out);
-      for (; t < count; ++t) add_magnitude<T, 1>(g, y, t, out, a.bias, sums, sums + out);
-      for (int64_t c = 0; c < 2 * out; ++c) dot[c] += sums[c];
+      for (; t + 4 <= count; t += 4) add_magnitude<T, 4>(g, y, t, out, a.bias, sums, sums + out, sums + 2 * out);
+      for (; t < count; ++t) add_magnitude<T, 1>(g, y, t, out, a.bias, sums, sums + out, sums + 2 * out);
+      for (int64_t c = 0; c < 3 * out; ++c) dot[c] += sums[c];
     }
   }
 }

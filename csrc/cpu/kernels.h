@@ -34,10 +34,11 @@ struct WeightArgs {
 
 // The sums of one backward pass with an input x [tokens, in] and a gradient g [tokens, out]:
 //   hidden = x lora_A^T, projected = g (c lora_B)
-//   grad_A = projected^T x, grad_B^T = hidden^T g, grad_scale_sum = sum_t g (y - bias), square_sum = sum_t (y - bias)^2
+//   grad_A = projected^T x, grad_B^T = hidden^T g, sum_t g u, sum_t |g u| and sum_t |g| of u = y - bias
 template <typename T>
 struct GradientArgs {
-  Matrix x, g, y;      // x or y with data == nullptr: the sums that need it are left out
+  Matrix x, g, y;
+  bool direction, with_magnitude;  // the sums that x, and those that y is needed for; the other matrix is not looked at
   const T* lora_A;     // [r, in]
   const T* scaled_B;   // (c lora_B)^T, [r, out]
   const T* bias;       // [padded out] or nullptr
@@ -110,7 +111,8 @@ struct Kernels {
   // panels of output features [begin, end); scratch: (in_features + 8) * panel elements
   void (*weight_columns)(const WeightArgs<T>&, int64_t begin, int64_t end, T* scratch);
   // tokens [begin, end) added to `partial`: grad_A [r, padded in] and grad_B^T [r, padded out] where there is an x, then
-  // grad_scale_sum and square_sum [padded out]; scratch: kBlock * (padded in + 2 * padded out + 2 * r) + 2 * padded out elements
+  // sums of g u, |g u| and |g| [padded out] with u = y - bias; scratch: kBlock * (padded in + 2 * padded out + 2 * r) + 3 * padded
+  // out elements
   void (*gradient_tokens)(const GradientArgs<T>&, int64_t begin, int64_t end, T* partial, T* scratch);
   // rows [begin, end); partial_A: r * padded(in_features); scratch: 12 * padded(in_features) + 9 * r elements
   void (*direction_rows)(const DirectionArgs<T>&, int64_t begin, int64_t end, T* partial_A, T* scratch);
@@ -122,5 +124,6 @@ struct Kernels {
 template <typename T>
 const Kernels<T>& kernels();  // the widest instruction set that this machine has
 const char* instruction_set();  // its name
+bool made_by_intel();           // the processor, by its own word
 
 }  // namespace bidora

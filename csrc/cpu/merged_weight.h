@@ -282,9 +282,13 @@ static void weight_columns(const WeightArgs<T>& a, int64_t begin, int64_t end, T
     for (int64_t k = 0; k < a.in_features; ++k) {
       T* v = updated + k * kPanel<T>;
       if (a.minus_weight) {
-        T* w = rows;
+        T *w = rows, *low_rank = rows + kPanel<T>;  // V - W0 would have lost the digits of a small update
+        Vector<T> acc[1][2];
+        panel_product<T, 1>(nullptr, nullptr, a.left + k * a.r, a.r, panel, kPanel<T>, a.r, acc);
+        store(low_rank, acc[0][0]);
+        store(low_rank + kLanes<T>, acc[0][1]);
         read_row(a.weight, k, first, width, w);
-        for (int64_t c = 0; c < width; ++c) v[c] = (scale[c] - T(1)) * w[c] + scale[c] * (v[c] - w[c]);
+        for (int64_t c = 0; c < width; ++c) v[c] = (scale[c] - T(1)) * w[c] + scale[c] * low_rank[c];
       } else {
         for (int64_t c = 0; c < width; ++c) v[c] *= scale[c];
       }

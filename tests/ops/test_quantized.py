@@ -8,6 +8,8 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import bidora_kernels as bk
 from bidora_kernels.ops import quantized
@@ -16,7 +18,7 @@ from .draws import draw, run, violations
 from .quantized_rows import LIVE, RowQuantized, plain_twin, quantized_call, quantized_linear, trained
 
 BACKENDS = ["reference", "auto"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -129,6 +131,22 @@ def test_an_output_overwritten_in_place() -> None:
         found.append(torch.autograd.grad(y.square().sum(), [layer.lora_A, layer.lora_B, layer.magnitude]))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpointed_segment_keeps_no_output() -> None:
+    layer, alive = trained(quantized_linear(24, 40)), []
+
+    def segment(x: torch.Tensor) -> torch.Tensor:
+        y = layer(x)
+        alive.append(StorageWeakRef(y.untyped_storage()))
+        return y.square().sum()
+
+    loss = checkpoint(segment, torch.ones(3, 40), use_reentrant=False)
+    assert alive[0].expired()
+    found = torch.autograd.grad(loss, [layer.lora_A, layer.lora_B, layer.magnitude])
+    torch.testing.assert_close(
+        found, torch.autograd.grad(segment(torch.ones(3, 40)), [layer.lora_A, layer.lora_B, layer.magnitude])
+    )
 
 
 def test_what_a_quantized_layer_can_and_cannot_do() -> None:

@@ -1,0 +1,108 @@
+"""Which library multiplies for the native backend, and that either gives the layer's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import bidora_kernels as bk
+from bidora_kernels import native
+from bidora_kernels.ops import _workspace
+
+from .draws import draw, run, violations
+
+OPERATOR = "mkldnn::_linear_pointwise"
+pytestmark = [
+    pytest.mark.skipif(native.why_unavailable() is not None, reason="the native library is not there"),
+    pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch was built without oneDNN"),
+]
+
+
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every fp32 product goes to oneDNN, whatever the processor."""
+    monkeypatch.setattr(native, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(native, "ONEDNN_FROM", 1)
+    yield
+    _workspace.release_workspace()
+
+
+def count(call: object, backend: str = "native") -> tuple[dict[str, torch.Tensor], int]:
+    """The numbers of a forward and backward pass, and how many products oneDNN did."""
+    with torch.profiler.profile() as profile:
+        found = run(call, backend)  # type: ignore[arg-type]
+    return found, sum(event.count for event in profile.key_averages() if event.key == OPERATOR)
+
+
+@pytest.mark.parametrize(
+    "shape", [(24, 40, 3, (2, 90)), (17, 33, 1, (70,)), (40, 17, 20, (3, 5, 7)), (24, 40, 3, (17,))], ids=str
+)
+@pytest.mark.parametrize("layout", ["rows", "transposed", "sliced", "strided"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_layer_by_onednn(
+    shape: tuple[int, int, int, tuple[int, ...]], layout: str, bias: bool, dropped: bool, by_onednn: None
+) -> None:
+    call = draw(1, *shape, layout=layout, bias=bias, dropped=dropped)
+    ours, products = count(call)
+    assert violations(call, ours) == []
+    assert products == (4 if dropped else 2)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "transposed"])
+def test_a_weight_in_parts(layout: str, dropped: bool, by_onednn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_workspace, "LIMIT_BYTES", 40 * 4 * 7)  # seven rows at a time
+    _workspace.release_workspace()
+    call = draw(2, out_features=30, layout=layout, dropped=dropped, tokens=(90,))
+    ours, products = count(call)
+    assert violations(call, ours) == []
+    assert products > 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype: torch.dtype, by_onednn: None) -> None:
+    """fp64 is multiplied by torch's library; 16-bit layers are multiplied in fp32, or where the processor does that in bf16."""
+    call = draw(3, 24, 40, 3, (2, 90), dtype)
+    ours, products = count(call)
+    assert violations(call, ours) == []
+    assert products == 0 if dtype is torch.float64 or native.multiplies_bf16() else products == 2
+
+
+def test_who_turns_onednn_off_gets_none(by_onednn: None) -> None:
+    call = draw(4, tokens=(90,))
+    with torch.backends.mkldnn.flags(enabled=False):
+        _, products = count(call)
+    assert products == 0
+    assert count(call)[1] == 2
+
+
+def test_small_products_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "onednn_is_faster", lambda: True)
+    weight = torch.empty(768, 768)
+    assert native.takes_onednn(512, weight)
+    assert not native.takes_onednn(17, weight)
+    assert not native.takes_onednn(512, weight.double())
+
+
+def test_an_output_by_onednn_may_be_overwritten(by_onednn: None) -> None:
+    """It is no view, which autograd would not let a caller write to."""
+    found = []
+    for backend in ("native", "reference"):
+        call = draw(5, tokens=(3, 30))
+        leaves = [tensor.requires_grad_() for tensor in (call.lora_A, call.lora_B, call.magnitude)]
+        with bk.use_backend(backend):
+            y = bk.functional.dora_linear(call.x, call.weight, *leaves, call.scaling, call.bias)
+        found.append(torch.autograd.grad((torch.nn.functional.relu_(y) * call.grad).sum(), leaves))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_only_other_processors_than_intels_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for intel in (True, False):
+        for level in ("avx512", "avx2", "baseline"):
+            monkeypatch.setattr(native, "instruction_set", lambda level=level: level)
+            monkeypatch.setattr(native, "made_by_intel", lambda intel=intel: intel)
+            wanted = level == "avx512" and not intel and torch.backends.mkl.is_available()
+            assert native.onednn_is_faster.__wrapped__() is wanted

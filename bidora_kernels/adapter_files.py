@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import os
 import re
 import warnings
@@ -145,6 +146,14 @@ def _warn_of_unsaved(model: nn.Module, layers: Iterable[nn.Module], heads: Itera
 
 def _describe(model: nn.Module, layers: dict[str, FusedDoraLinear]) -> DoraConfig:
     """The configuration that makes these layers out of the plain model: the one they were made with, corrected where needed."""
+    if "" in layers:
+        raise ValueError("the model is a DoRA layer itself, which has no name: an adapter's file needs a model that holds it")
+    for name, layer in layers.items():
+        usual = layer.lora_alpha / (layer.r**0.5 if layer.use_rslora else layer.r)
+        if not math.isclose(layer.scaling, usual, rel_tol=1e-6):
+            raise ValueError(
+                f"{name}.scaling is {layer.scaling:g} where its lora_alpha and r say {usual:g}; a file holds only those"
+            )
     given: DoraConfig = getattr(model, CONFIG_ATTRIBUTE, None) or DoraConfig()
     common: dict[str, Any] = {}
     for field in ("lora_dropout", "use_rslora"):

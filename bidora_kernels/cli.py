@@ -34,10 +34,10 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # field of TrainSettings: h
     "eval_batch_size": ("test examples at a time", {"type": int}),
     "max_length": ("tokens kept of a text", {"type": int}),
     "lr": ("learning rate of the directions and the head", {"type": float}),
-    "upper_lr": ("learning rate of the magnitudes", {"type": float}),
+    "upper_lr": ("learning rate of bidora's magnitudes; dora's train with --lr", {"type": float}),
     "retrain_lr": ("learning rate of the retraining", {"type": float}),
     "weight_decay": ("of the directions and the head", {"type": float}),
-    "upper_weight_decay": ("of the magnitudes", {"type": float}),
+    "upper_weight_decay": ("of bidora's magnitudes", {"type": float}),
     "retrain_weight_decay": ("of the retraining", {"type": float}),
     "warmup": ("share of each phase's steps in which the learning rate rises", {"type": float}),
     "max_norm": ("clip the lower gradient to this norm", {"type": float}),
@@ -54,6 +54,14 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {  # field of TrainSettings: h
     "precision": ("fp32, or bf16 autocast", {"choices": PRECISIONS}),
     "device": ("cpu, cuda, or auto", {}),
 }
+
+
+# options that only some methods look at
+_OF_BIDORA = (
+    "bilevel", "horizon", "partition", "validation_batch_size", "upper_lr", "upper_weight_decay", "retrain_from", "retrain_lr",
+    "retrain_weight_decay",
+)  # fmt: skip
+_OF_ADAPTERS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("run", help="the run's folder")
     predict.add_argument("text", nargs="*", help="texts; - reads one per line from stdin")
-    predict.add_argument("--file", help="a file with one text per line")
+    predict.add_argument("--file", help="a file with one text per line; blank lines are left out")
     predict.add_argument("--json", action="store_true", help="print JSON")
 
     compare = _subcommand(commands, "compare", "Compare finished runs, with mean and spread over seeds.", "bidora compare runs/*")
@@ -168,12 +176,18 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that the user typed, paths made absolute so that a run can be used from elsewhere."""
     given = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
     if "target_modules" in given and given["target_modules"] != "all-linear":
-        given["target_modules"] = tuple(given["target_modules"].split(","))
+        given["target_modules"] = tuple(name.strip() for name in given["target_modules"].split(",") if name.strip())
     if "data_dir" in given:
         given["data_dir"] = str(Path(given["data_dir"]).absolute())
     if "model" in given and Path(given["model"]).is_dir():
         given["model"] = str(Path(given["model"]).absolute())
     return given
+
+
+def _without_effect(given: dict[str, Any], method: str) -> list[str]:
+    """The options that the user typed and that this method does not look at."""
+    unused = (*(_OF_BIDORA if method != "bidora" else ()), *(_OF_ADAPTERS if method == "full" else ()))
+    return [f"--{name.replace('_', '-')}" for name in given if name in unused]
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -196,9 +210,12 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.resume is not None:
         if arguments.resume is not True and arguments.output not in (None, arguments.resume):
             raise UserError(f"--resume {arguments.resume} and --output {arguments.output} name different folders")
-        summary = resume(output, given, progress)
+        summary = resume(output, given | ({"preset": arguments.preset} if arguments.preset else {}), progress)
     else:
-        summary = train(TrainSettings(**merged), output, arguments.overwrite, progress)
+        settings = TrainSettings(**merged)
+        if unused := _without_effect(given, settings.method):
+            print(f"bidora train: warning: {', '.join(unused)}: no effect with --method {settings.method}", file=sys.stderr)
+        summary = train(settings, output, arguments.overwrite, progress)
     _report(arguments, summary, closing_lines(summary, RunFolder(output)))
 
 
@@ -212,11 +229,11 @@ def _predict(arguments: argparse.Namespace) -> None:
     texts: list[str] = []
     if arguments.file is not None:
         try:
-            texts += Path(arguments.file).read_text(encoding="utf-8").splitlines()
+            texts += Path(arguments.file).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{arguments.file} cannot be read: {error}") from None
     for text in arguments.text or ([] if arguments.file is not None or sys.stdin.isatty() else ["-"]):
-        texts += sys.stdin.read().splitlines() if text == "-" else [text]
+        texts += sys.stdin.read().split("\n") if text == "-" else [text]
     predictions = predict(arguments.run, [text for text in texts if text.strip()])
     _report(
         arguments,

@@ -181,6 +181,8 @@ class DoraConfig:
         if any(fields[name] for name in unknown):
             warnings.warn(f"unknown fields of the adapter's configuration are ignored: {', '.join(unknown)}", stacklevel=2)
         given = {name: value for name, value in fields.items() if name in own}
+        if given.get("init_lora_weights") in (False, "orthogonal"):  # the file's own values take the place of any beginning
+            given["init_lora_weights"] = True
         for name in ("rank_pattern", "alpha_pattern"):  # null in some files
             if given.get(name, {}) is None:
                 del given[name]

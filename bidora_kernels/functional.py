@@ -24,6 +24,7 @@ from .ops import orthogonality as _orthogonality
 from .ops import quantized as _quantized
 from .ops import weight_norm as _weight_norm
 from .ops._context import DirectionPoint, PassMode, current_mode
+from .ops._library import is_captured as is_captured
 from .ops.decode import Decode as Decode
 from .ops.decode import may_decode as may_decode
 
@@ -184,6 +185,8 @@ def plan(
     mode, backend, unserved = current_mode(), _backend.resolve(weight.device.type), None
     if backend == "triton":
         unserved = left_to_reference(weight)
+        if unserved is None and sample.dtype == torch.float64 and _is_auto():
+            unserved = "the kernels do not serve fp64 inputs"
     if backend == "reference" or unserved:
         reason = unserved or _backend.auto_choice(weight.device.type).reason if _is_auto() else "asked for by name"
         return cost_model.Plan("reference", False, f"plain PyTorch: {reason}")

@@ -215,7 +215,7 @@ class FusedDoraLinear(nn.Module):
         if not self.plan(x.numel() // max(1, self.in_features), dtype).kept:
             return None, None
         sources = self.weight, self.lora_A, self.lora_B, self.magnitude
-        if not is_counted(sources):
+        if not is_counted(sources) or functional.is_captured(self.weight):
             return None, None
         kept = self._merged_cache  # another thread may clear or replace it
         if kept is None or not kept[1].is_current(sources, self.scaling, dtype):
@@ -238,7 +238,7 @@ class FusedDoraLinear(nn.Module):
         if not self._norm_is_constant():
             return None
         sources = self.weight, self.lora_A, self.lora_B
-        if not is_counted(sources):
+        if not is_counted(sources) or functional.is_captured(self.weight):
             return None
         kept = self._norm_cache  # another thread may clear or replace it
         if kept is None or not kept[1].is_current(sources, self.scaling):

@@ -298,3 +298,16 @@ def test_an_adapter_of_the_output_head_with_the_base_weights_that_peft_adds(tied
     with pytest.raises(ValueError, match="is a weight of the base model"):
         bk.load_adapter(other, tmp_path)
     assert not any(isinstance(module, bk.FusedDoraLinear) for module in other.modules())
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    layer = bk.FusedDoraLinear.from_linear(nn.Linear(12, 8), r=2)
+    with pytest.raises(ValueError, match="the model is a DoRA layer itself, which has no name"):
+        bk.save_adapter(layer, tmp_path / "bare")
+    model = nn.Sequential(layer)
+    bk.save_adapter(model, tmp_path / "kept")
+    layer.scaling = 9.0
+    with pytest.raises(ValueError, match=r"0.scaling is 9 where its lora_alpha and r say 4"):
+        bk.save_adapter(model, tmp_path / "changed")
+    assert not (tmp_path / "bare").exists()
+    assert not (tmp_path / "changed").exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -108,6 +109,9 @@ BAD = {
     "overwrite and resume": (["--overwrite", "--resume"], "not allowed with argument"),
     "nothing to resume": (["--resume"], "there is no checkpoint to resume from"),
     "penalty": (["--method=full", "--penalty=1"], "penalty needs DoRA layers"),
+    "one of two modules": (["--target-modules=query,valeu"], "no layer is called 'valeu'"),
+    "large seed": ([f"--seed={2**63}"], "seed must be below 2**63"),
+    "hold out": (["--hold-out=0.0001"], "leaves nothing to score on"),
 }
 
 
@@ -135,6 +139,9 @@ def test_mistakes_of_the_other_commands(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").write_text("mine")
     (tmp_path / "damaged").mkdir()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "summary.json").write_text('{"schema_version": 1}')
     (tmp_path / "damaged" / "summary.json").write_text("{")
     for arguments, message in (
         (["predict", str(tmp_path / "no"), "text"], "holds no run"),
@@ -146,6 +153,9 @@ def test_mistakes_of_the_other_commands(tmp_path: Path, capsys: pytest.CaptureFi
         (["train", "--preset=demo", "--output", str(tmp_path / "full")], "is not empty and holds no run"),
         (["train", "--preset=demo", "--overwrite", "--output", str(tmp_path / "full")], "is not empty and holds no run"),
         (["train", "--preset=demo", "--output", str(tmp_path / "full" / "note")], "is not a folder"),
+        (["train", "--preset=demo", "--output", str(tmp_path / "full" / "note" / "run")], "is not a folder"),
+        (["compare", str(tmp_path / "foreign")], "must be a summary of schema_version 1"),
+        (["train", "--preset=demo", "--output", str(tmp_path / "begun")], "already holds a run: --overwrite replaces it"),
         (["train", "--resume", "a", "--output", "b"], "name different folders"),
     ):
         assert cli.main(arguments) == 2
@@ -271,6 +281,8 @@ def test_analyze_says_what_it_cannot_do(options: list[str], tmp_path: Path, caps
     for arguments, message in (
         ([str(run)], "no step with a hypergradient"),
         ([str(tmp_path / "nowhere")], "holds no run"),
+        ([str(run), "--output", str(tmp_path)], "a picture must be a file ending in .png, .pdf, .svg"),
+        ([str(run), "--output", "pic.foo"], "a picture must be a file ending in .png, .pdf, .svg"),
     ):
         capsys.readouterr()
         assert cli.main(["analyze", "hypergradient", *arguments]) == 2
@@ -278,3 +290,24 @@ def test_analyze_says_what_it_cannot_do(options: list[str], tmp_path: Path, caps
         assert message in error
         assert error.count("\n") == 1
     assert not (run / "hypergradient.png").exists()
+
+
+def test_options_without_effect_are_told(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = ["--upper-lr=1e-3", "--horizon=2"]
+    assert cli.main(["train", *options, "--method=dora", *typed, "--output", str(tmp_path / "dora")]) == 0
+    assert "warning: --horizon, --upper-lr: no effect with --method dora" in capsys.readouterr().err
+    assert cli.main(["train", *options, "--method=bidora", *typed, "--output", str(tmp_path / "bidora")]) == 0
+    assert "no effect" not in capsys.readouterr().err
+
+
+def test_one_text_per_line_whatever_it_holds(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["train", *options, "--method=dora", "--output", str(tmp_path / "run")]) == 0
+    text = "wheat\x0crose\n\nbank\u2028rate\nport\n"
+    (tmp_path / "texts").write_text(text, encoding="utf-8-sig")
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    for source in (["--file", str(tmp_path / "texts")], ["-"]):
+        capsys.readouterr()
+        assert cli.main(["predict", str(tmp_path / "run"), *source, "--json"]) == 0
+        assert [row["text"] for row in json.loads(capsys.readouterr().out)] == ["wheat\x0crose", "bank\u2028rate", "port"]

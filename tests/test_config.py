@@ -160,3 +160,11 @@ def test_no_value_of_a_file_gets_past_the_checks(name: str, value: Any) -> None:
     assert isinstance(config.rank_of("layer.0.query"), int)
     assert config.rank_of("layer.0.query") > 0
     assert 0.0 <= config.lora_dropout < 1.0
+
+
+@pytest.mark.parametrize("value", [False, "orthogonal"])
+def test_a_file_may_have_begun_in_another_way(value: object) -> None:
+    """Its own values take the place of any beginning, where the base weights stayed what they were."""
+    assert DoraConfig.from_dict(PEFT_FIELDS | {"init_lora_weights": value}) == DoraConfig.from_dict(
+        PEFT_FIELDS | {"init_lora_weights": True}
+    )

@@ -8,6 +8,7 @@ import itertools
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import bidora_kernels as bk
 from bidora_kernels import reference
-from bidora_kernels.ops import _context, _workspace
+from bidora_kernels.ops import _backend, _context, _workspace
 
 OUT, IN = 10, 12
 
@@ -442,6 +443,35 @@ def test_a_write_while_the_norms_are_found_outdates_them(monkeypatch: pytest.Mon
         got = layer(x)
         layer.clear_cache()
         torch.testing.assert_close(got, layer(x))
+
+
+def test_a_call_recorded_into_a_cuda_graph_neither_takes_nor_leaves_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be replayed with what the cache held then; and an eager call would find what no replay has computed yet."""
+    layer, x = bk.FusedDoraLinear.from_linear(nn.Linear(64, 40), r=4).eval(), torch.randn(40, 64)
+    nn.init.normal_(layer.lora_B)
+    with torch.no_grad():
+        expected = layer(x)
+        kept = layer._norm_cache
+        monkeypatch.setattr(bk.functional, "is_captured", lambda tensor: True)
+        layer._norm_cache = torch.full_like(kept[0], 2.0), kept[1]
+        torch.testing.assert_close(layer(x), expected)
+        layer.clear_cache()
+        torch.testing.assert_close(layer(x), expected)
+        assert layer._norm_cache is None
+        layer.reuse = 4
+        monkeypatch.setattr(layer, "plan", lambda *_: types.SimpleNamespace(kept=True))
+        assert layer._kept_merged(x) == (None, None)
+    assert layer._merged_cache is None
+
+
+def test_an_fp64_input_of_a_layer_in_fp32_has_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `auto` takes the triton backend, whose model of costs knows no fp64."""
+    layer = bk.FusedDoraLinear.from_linear(nn.Linear(64, 40), r=4)
+    monkeypatch.setattr(_backend, "resolve", lambda device_type: "triton")
+    plan = layer.plan(4, torch.float64)
+    assert plan.name == "reference"
+    assert not plan.kept
+    assert layer.plan(4, torch.float32).name in ("activation", "weight")
 
 
 def test_threads_may_drop_what_others_use() -> None:

@@ -25,7 +25,7 @@ def round_to(x, dtype: tl.constexpr):
     if INTERPRETING and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a NaN of a GPU, 0x7FFFFFFF, would become -0
     return x.to(dtype)
 
 

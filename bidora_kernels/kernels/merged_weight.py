@@ -31,17 +31,22 @@ def _hash(index, seed):
 
 @triton.jit
 def _dither_to(x, noise, dtype: tl.constexpr):
-    """fp32 x in a 16-bit dtype, rounded away from zero with the probability of the part cut off; noise: 32 random bits."""
+    """fp32 x in a 16-bit dtype, rounded away from zero with the probability of the part cut off; noise: 32 random bits.
+
+    A NaN stays one: a GPU's, 0x7FFFFFFF, would else carry into the sign and become -0.
+    """
     bits = x.to(tl.uint32, bitcast=True)
     if dtype == tl.bfloat16:
-        return ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True).to(dtype)
+        dithered = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, dithered, x).to(dtype)
     else:
         normal = ((bits + (noise & 0x1FFF)) & 0xFFFFE000).to(tl.float32, bitcast=True)
         steps = tl.floor(
             tl.abs(x) * 16777216.0 + (noise >> 8).to(tl.float32) * (1.0 / 16777216.0)
         )  # fp16's subnormals: 2^-24 apart
         subnormal = tl.where(x < 0.0, -steps, steps) * (1.0 / 16777216.0)
-        return tl.where(tl.abs(x) < 6.103515625e-05, subnormal, normal).to(dtype)
+        dithered = tl.where(tl.abs(x) < 6.103515625e-05, subnormal, normal)
+        return tl.where(x == x, dithered, x).to(dtype)
 
 
 @triton.jit

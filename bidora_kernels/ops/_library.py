@@ -74,13 +74,25 @@ def is_eager(*tensors: Tensor) -> bool:
     )
 
 
-# packages whose kernels write over a layer's output (SwiGLU's backward, rotary embeddings) past PyTorch's version counters
-UNSEEN_WRITERS = ("liger_kernel", "unsloth")
+# packages whose kernels write over a layer's output (SwiGLU's backward, rotary embeddings) past PyTorch's version counters: how
+# the names of their modules begin, to which Hugging Face's `kernels` adds a hash
+UNSEEN_WRITERS = ("liger_kernel", "unsloth", "flash_attn.layers.rotary", "flash_attn.ops.triton.rotary")
+_looked_through = (0, False)  # how many modules there were, and whether one of them is such a package
 
 
 def output_is_watched() -> bool:
     """Whether a write to a tensor that the caller was given shows in its version, so that it may be kept without a copy."""
-    return not any(name in sys.modules for name in UNSEEN_WRITERS)
+    global _looked_through
+    seen, found = _looked_through
+    if seen != len(sys.modules):
+        found = any(name.startswith(UNSEEN_WRITERS) for name in list(sys.modules))
+        _looked_through = len(sys.modules), found
+    return not found
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether a call with this tensor is being recorded into a CUDA graph, which would replay with what a cache holds now."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def kept_output(y: Tensor) -> tuple[Tensor, int]:

@@ -43,8 +43,12 @@ def add_low_rank(base: Tensor, hidden: Tensor, lora_A: Tensor) -> Tensor:
 
 
 def operand_dtype(x: Tensor, weight: Tensor, product_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the operands of a product: a precise pass multiplies 16-bit operands as they are, into fp32."""
-    return x.dtype if x.dtype == weight.dtype and x.element_size() == 2 else product_dtype
+    """The dtype of the operands of a product: a precise pass multiplies 16-bit operands as they are, into fp32.
+
+    Under an autocast to another 16-bit dtype they are cast to it, as an nn.Linear's are.
+    """
+    precise = product_dtype == torch.float32 and x.dtype == weight.dtype and x.element_size() == 2
+    return x.dtype if precise else product_dtype
 
 
 def layer_gradients(

@@ -112,6 +112,8 @@ def _weight_gram(weight: Tensor) -> Tensor:
     known = _grams.get(owner)
     if known is not None and known[0] == key:
         return known[1]
+    if library.is_captured(weight):  # a later call outside the graph would find what has not been computed yet
+        return _product(weight)
     _grams.pop(owner, None)
     fits = _fits(weight)
     gram = _product(weight)

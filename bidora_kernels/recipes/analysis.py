@@ -13,6 +13,8 @@ from .plots import draw_hypergradient
 from .results import table
 from .runs import RunFolder, write_atomically
 
+PICTURES = (".png", ".pdf", ".svg")
+
 
 def analyze_hypergradient(path: str | Path, output: str | Path | None = None) -> dict[str, Any]:
     """Draw the hypergradient of a run, finished or not, into a PNG (hypergradient.png in its folder), and summarize it.
@@ -22,14 +24,17 @@ def analyze_hypergradient(path: str | Path, output: str | Path | None = None) ->
     holds no run, or one without upper steps.
     """
     run = RunFolder(path)
-    steps = [line for line in _metrics(run) if line.get("direct_norm") is not None]
+    lines = _metrics(run)
+    picture = Path(output) if output is not None else run.path / "hypergradient.png"
+    if not picture.parent.is_dir():
+        raise UserError(f"{picture.parent} is not a folder")
+    if picture.is_dir() or picture.suffix.lower() not in PICTURES:
+        raise UserError(f"a picture must be a file ending in {', '.join(PICTURES)}, got {picture}")
+    steps = [line for line in lines if line.get("direct_norm") is not None]
     if not steps:
         raise UserError(
             f"{run.path} has no step with a hypergradient: its method has no upper level, or an older version recorded it"
         )
-    picture = Path(output) if output is not None else run.path / "hypergradient.png"
-    if not picture.parent.is_dir():
-        raise UserError(f"{picture.parent} is not a folder")
     found = {
         "run": str(run.path),
         "upper_steps": len(steps),

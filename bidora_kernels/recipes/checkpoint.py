@@ -70,7 +70,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"there is no checkpoint to resume from: {path}") from None
+        raise UserError(f"there is no checkpoint to resume from: {path} (--overwrite starts the run again)") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the checkpoint {path} cannot be read: {reason}") from None

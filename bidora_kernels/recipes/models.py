@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import hashlib
 import importlib.metadata
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ class TrainedModel:
     magnitudes: dict[str, nn.Parameter]
     head: dict[str, nn.Parameter]
     backbone: dict[str, nn.Parameter]
+    base_sha256: str = ""
 
     @property
     def lower(self) -> dict[str, nn.Parameter]:
@@ -81,31 +84,69 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load_base(name: str, label_names: Sequence[str], max_length: int) -> tuple[nn.Module, Any, list[str]]:
-    """Return the classification model, its tokenizer and the names of modules that the pretrained weights left out."""
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A pretrained classification model in fp32 and its tokenizer.
+
+    `new_modules` were left out by the pretrained weights, or replaced: `other_sizes` had another size there (a head for other
+    labels). `sha256` tells one set of weights from another: of each pretrained tensor its name, shape, beginning and end.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    new_modules: list[str]
+    other_sizes: list[str]
+    sha256: str
+
+
+def load_base(name: str, label_names: Sequence[str], max_length: int) -> Base:
+    """Load a model by folder or name for these labels, none for a regression. UserError where that is not possible."""
     require("transformers")
     import transformers
 
     source = model_source(name)
     labels = list(label_names)
-    head = (
-        {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}} if labels else {}
-    )
+    head: dict[str, Any] = {"problem_type": "single_label_classification" if labels else "regression"}
+    if labels:
+        head |= {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     with quiet_transformers(), quiet_hub():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=max(1, len(labels)), output_loading_info=True, **head
-            )
+                source, num_labels=max(1, len(labels)), output_loading_info=True, dtype=torch.float32,
+                ignore_mismatched_sizes=True, **head,
+            )  # fmt: skip
         except Exception as error:  # offline, no such name, damaged files: the libraries below raise many types
             raise UserError(f"the model {name} could not be loaded: {_first_line(error)}") from error
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = _positions(model)
     if positions is not None and max_length > positions:
         raise UserError(f"max_length must be at most the model's {positions} positions, got {max_length}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer, sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+    other = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    new, other_sizes = (sorted({key.rpartition(".")[0] for key in keys}) for keys in ({*info["missing_keys"], *other}, other))
+    return Base(model, tokenizer, new, other_sizes, _sha256(model, new))
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many tokens the model has positions for; RoBERTa's begin behind the padding's."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return positions
+
+
+def _sha256(model: nn.Module, without: Sequence[str]) -> str:
+    digest, most = hashlib.sha256(), 1024
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in without:
+            values = parameter.detach().reshape(-1)
+            digest.update(f"{name} {list(parameter.shape)}".encode())
+            for part in (values[:most], values[-most:]):
+                digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def build_model(settings: TrainSettings, label_names: Sequence[str]) -> tuple[TrainedModel, list[str]]:
@@ -114,15 +155,34 @@ def build_model(settings: TrainSettings, label_names: Sequence[str]) -> tuple[Tr
     Modules that the pretrained weights left out (a new head) train with the directions and are saved with the adapter.
     Raises UserError for what the settings got wrong.
     """
-    model, tokenizer, new_modules = load_base(settings.model, label_names, settings.max_length)
+    base = load_base(settings.model, label_names, settings.max_length)
+    model, new_modules = base.model, base.new_modules
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if settings.method == "lora":
             model = _with_lora(model, settings, new_modules)
         elif settings.method != "full":
             _with_dora(model, settings, new_modules)
+    if settings.method != "full":
+        _check_targets(model, settings.target_modules)
     lines = list(dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)))
-    return _grouped(model, tokenizer, settings.method, new_modules), lines
+    if base.other_sizes:
+        lines.append(
+            f"the pretrained {', '.join(base.other_sizes)} had another size, and starts anew for {len(label_names)} labels"
+        )
+    return dataclasses.replace(_grouped(model, base.tokenizer, settings.method, new_modules), base_sha256=base.sha256), lines
+
+
+def _check_targets(model: nn.Module, names: tuple[str, ...] | str) -> None:
+    """Raise UserError for a name that no adapted layer has."""
+    if isinstance(names, str):
+        return
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    for wanted in names:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in adapted):
+            linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
+            near = ", ".join(difflib.get_close_matches(wanted, sorted(linear), n=3, cutoff=0.0))
+            raise UserError(f"no layer is called {wanted!r}, which target_modules names (nearest: {near})")
 
 
 def _targets(settings: TrainSettings) -> list[str] | str:
@@ -209,14 +269,22 @@ def save_trained(run: RunFolder, trained: TrainedModel, method: str) -> Path:
     return run.adapter
 
 
+def check_base(found: str, trained_on: str | None, name: str, run: RunFolder) -> None:
+    """Raise UserError where a model is not the one that a run was trained on; None: it did not say which."""
+    if trained_on is not None and found != trained_on:
+        raise UserError(f"the weights of {name} differ from those that {run.path} was trained on")
+
+
 def load_trained(run: RunFolder) -> tuple[nn.Module, Any, dict[str, Any]]:
     """The model of a finished run in eval mode, its tokenizer, and the run's summary."""
     summary = run.read_summary()
     settings = TrainSettings.from_dict(summary["settings"])
     if settings.method == "full":
-        model, tokenizer, _ = load_base(str(run.model), summary["label_names"], settings.max_length)
-        return model.eval(), tokenizer, summary
-    model, tokenizer, _ = load_base(settings.model, summary["label_names"], settings.max_length)
+        base = load_base(str(run.model), summary["label_names"], settings.max_length)
+        return base.model.eval(), base.tokenizer, summary
+    base = load_base(settings.model, summary["label_names"], settings.max_length)
+    check_base(base.sha256, summary.get("base_sha256"), settings.model, run)
+    model, tokenizer = base.model, base.tokenizer
     try:
         if settings.method == "lora":
             require("peft", "peft")
@@ -232,6 +300,7 @@ def load_trained(run: RunFolder) -> tuple[nn.Module, Any, dict[str, Any]]:
 
 def export_merged(run: RunFolder, output: Path) -> None:
     """Write the run's model with its adapter merged away, and the tokenizer: a plain folder for `from_pretrained`."""
+    output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder")
     model, tokenizer, summary = load_trained(run)

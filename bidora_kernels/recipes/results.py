@@ -24,8 +24,9 @@ def closing_lines(summary: dict[str, Any], run: RunFolder) -> list[str]:
     metric = summary["metric"].replace("_", " ")
     by_phase = "; ".join(f"after {phase} {scores[summary['metric']]:.4f}" for phase, scores in summary["scores"].items())
     trained = run.model if summary["method"] == "full" else run.adapter
+    scored_on = "held-out" if summary["settings"].get("hold_out") else "test"
     return [
-        f"test {metric}: {summary['score']:.4f}  ({by_phase}; {summary['examples']['test']:,} examples)",
+        f"{scored_on} {metric}: {summary['score']:.4f}  ({by_phase}; {summary['examples']['test']:,} examples)",
         f"trained values: {sum(counts.values()):,} ({parts})",
         f"wall time: {duration(summary['seconds'])}  ({summary['passes']:g} forward and backward passes)",
         f"{'model' if summary['method'] == 'full' else 'adapter'}: {trained}",
@@ -37,7 +38,9 @@ def closing_lines(summary: dict[str, Any], run: RunFolder) -> list[str]:
 def compare(paths: Sequence[str | Path]) -> dict[str, Any]:
     """The summaries of runs side by side, and mean and spread over seeds by task, model, method and its settings.
 
-    The spread is the sample standard deviation; None for a single run. Raises UserError for a folder without a finished run.
+    Runs belong together where their settings and their whole corpus are the same. A second run of a seed is listed, and marked
+    `repeats`, but not counted. The spread is the sample standard deviation; None for a single run. Raises UserError for a folder
+    without a finished run.
     """
     runs = []
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -59,10 +62,15 @@ def compare(paths: Sequence[str | Path]) -> dict[str, Any]:
             "passes": summary["passes"],
             "seconds": summary["seconds"],
             "trained": sum(summary["trainable"].values()),
+            "repeats": None,
         }
         runs.append(row)
         same = {name: value for name, value in settings.items() if name not in _MAY_DIFFER}
-        groups.setdefault(tuple(sorted((name, str(value)) for name, value in same.items())), []).append(row)
+        same["corpus_sha256"] = summary.get("corpus_sha256")
+        group = groups.setdefault(tuple(sorted((name, str(value)) for name, value in same.items())), [])
+        row["repeats"] = next((other["run"] for other in group if other["seed"] == row["seed"]), None)
+        if row["repeats"] is None:
+            group.append(row)
     return {"runs": runs, "groups": [_group(rows) for rows in groups.values()]}
 
 
@@ -107,8 +115,10 @@ def comparison_lines(comparison: dict[str, Any]) -> list[str]:
         for row in comparison["groups"]
     ]  # fmt: skip
     metrics = ", ".join(sorted({row["metric"].replace("_", " ") for row in comparison["runs"]}))
+    repeated = [f"not counted: {row['run']} repeats {row['repeats']}" for row in comparison["runs"] if row["repeats"]]
     return [
         *table(("run", "task", "method", "steps", "seed", "score", "passes", "time", "trained"), runs),
+        *repeated,
         "",
         *table(("task", "method", "steps", "runs", "mean", "spread", "passes", "time", "paper"), groups),
         f"score: {metrics}; spread: sample standard deviation over seeds; paper: its score in %, where there is one",

@@ -1,6 +1,6 @@
 """A run folder: summary.json, metrics.jsonl, adapter/ (model/ for full fine-tuning), checkpoints/ and curves.png.
 
-Files appear whole or not at all: each is written beside its place, flushed to disk and renamed.
+Files and folders appear whole or not at all: each is written beside its place and renamed; a file is flushed to disk before.
 """
 
 from __future__ import annotations
@@ -79,19 +79,26 @@ class RunFolder:
 
     def check_new(self, overwrite: bool) -> None:
         """Raise UserError where a new run cannot start here; changes nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is not a folder")
+        nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{nearest} is not a folder")
+        if not os.access(nearest, os.W_OK):
+            raise UserError(f"{nearest} cannot be written to")
         if self.held_run():
             if not overwrite:
-                raise UserError(f"{self.path} already holds a run: --resume continues it, --overwrite replaces it")
+                goes_on = "--resume continues it, " if self.checkpoint.exists() or self.summary.exists() else ""
+                raise UserError(f"{self.path} already holds a run: {goes_on}--overwrite replaces it")
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another --output")
 
     def start(self) -> None:
         """Make the folder, without anything of an earlier run in it."""
-        for name in _OWN:
-            _remove(self.path / name)
-        self.checkpoint.parent.mkdir(parents=True)
+        try:
+            for name in _OWN:
+                _remove(self.path / name)
+            self.checkpoint.parent.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be made: {error.strerror}") from error
 
     def read_summary(self) -> dict[str, Any]:
         """The summary of a finished run. Raises UserError where there is none, or one that is not readable."""
@@ -102,7 +109,8 @@ class RunFolder:
             raise UserError(f"{self.path} {state}") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.summary} cannot be read: {error}") from None
-        if not isinstance(summary, dict) or summary.get("schema_version") != SCHEMA_VERSION:
+        whole = isinstance(summary, dict) and isinstance(summary.get("settings"), dict)
+        if not whole or summary.get("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{self.summary} must be a summary of schema_version {SCHEMA_VERSION}")
         return summary
 

@@ -23,7 +23,8 @@ _DECAYS = ("weight_decay", "upper_weight_decay", "retrain_weight_decay", "penalt
 class TrainSettings:
     """What `train` does; the command line has an option of the same name for each field.
 
-    Directions (lora_A, lora_B and the head) train with `lr`, magnitudes with `upper_lr` (None: `lr`). `steps` counts the search
+    Directions (lora_A, lora_B and the head) train with `lr`, magnitudes with `upper_lr` (None: `lr`); the method dora, which has
+    one level, trains both with `lr` and `weight_decay`. `steps` counts the search
     and `retrain_steps` the retraining; a method without a search trains for their sum. `retrain_lr` and `retrain_weight_decay`:
     None takes the search's. `validation_batch_size` and `retrain_from`: None takes what the bilevel preset says.
     `horizon` is Sama's, where the bilevel preset's estimator is Sama; None takes the preset's. `hold_out` keeps a share of the
@@ -84,6 +85,7 @@ class TrainSettings:
             self._check(name, lambda value: value >= 0, "0 or more")
         for name in ("train_examples", "test_examples", "checkpoint_every"):
             self._check(name, lambda value: value >= 1, "a positive integer")
+        self._check("seed", lambda value: value < 2**63, "below 2**63")
         for name in _RATES:
             self._check(name, lambda value: value > 0, "a positive number")
         for name in _DECAYS:
@@ -114,4 +116,7 @@ class TrainSettings:
     def from_dict(cls, fields: dict[str, Any]) -> TrainSettings:
         """The settings that `to_dict` wrote."""
         targets = fields.get("target_modules", ())
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise UserError(f"this version knows no setting {', '.join(unknown)}: another one wrote the run")
         return cls(**{**fields, "target_modules": targets if isinstance(targets, str) else tuple(targets)})

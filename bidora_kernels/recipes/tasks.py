@@ -48,6 +48,7 @@ class TaskData:
     train: Examples
     test: Examples
     warnings: tuple[str, ...] = ()
+    corpus_sha256: str = ""  # of all the examples that these were chosen from
 
     @property
     def regression(self) -> bool:
@@ -143,7 +144,9 @@ def subsample(labels: Sequence[Any], count: int | None, seed: int, stratified: b
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines would also cut at form feeds and the like
+        return (
+            path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        )  # splitlines would also cut at form feeds and the like
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -164,7 +167,7 @@ def _read_table(path: Path, label_column: int, text_columns: Sequence[int], skip
     if not rows:
         raise UserError(f"{path} holds no examples")
     pairs = [row[text_columns[1]] for row in rows] if len(text_columns) > 1 else None
-    return Rows([row[label_column] for row in rows], [row[text_columns[0]] for row in rows], pairs)
+    return Rows([row[label_column].strip() for row in rows], [row[text_columns[0]] for row in rows], pairs)
 
 
 def _reuters(name: str) -> Callable[[Path | None], tuple[Rows, Rows, None]]:
@@ -251,20 +254,24 @@ def _any_hub(name: str) -> TaskSource:
         if data_dir is not None:
             raise UserError(f"{name} is read from the hub; --data-dir is for cola, reuters-r8, reuters-r52 and tsv")
         data = _hub_dataset(dataset, config or None)
-        test = next((part for part in ("test", "validation") if part in data), None)
+        # a test split of a competition has its labels at home
+        test = next((part for part in ("test", "validation") if part in data and _is_labeled(data[part])), None)
         if "train" not in data or test is None:
-            raise UserError(f"{name} must have the splits train and test (or validation), got {', '.join(data)}")
+            raise UserError(f"{name} must have the splits train and test (or validation) with labels, got {', '.join(data)}")
         features = data["train"].features
         labels = [column for column, feature in features.items() if hasattr(feature, "names")]
-        texts = [column for column, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")][
-            :2
-        ]
-        if len(labels) != 1 or not texts:
+        texts = [column for column, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
+        if len(labels) != 1 or not 1 <= len(texts) <= 2:
             raise UserError(f"{name} must have one class label and one or two text columns, got {', '.join(features)}")
         train, rows = (_hub_rows(data[part], texts, labels[0]) for part in ("train", test))
         return train, rows, _numbered(features[labels[0]].names)
 
     return TaskSource("accuracy", "the hub", load)
+
+
+def _is_labeled(split: Any) -> bool:
+    labels = [column for column, feature in split.features.items() if hasattr(feature, "names")]
+    return not any(label == -1 for column in labels for label in split[column])
 
 
 _HUB = "the hub (nyu-mll/glue)"
@@ -315,14 +322,20 @@ def load_task(
     train_rows, test_rows, names = source.load(folder)
     if names is None:
         names = tuple(sorted({*train_rows.labels, *test_rows.labels}))
+    if len(names) == 1:
+        raise UserError(f"{name} has a single class, {names[0]}: there is nothing to learn")
     train, test = (_numbered_examples(rows, names, name) for rows in (train_rows, test_rows))
-    classes = bool(names)
+    classes, corpus = bool(names), TaskData(name, source.metric, names, train, test).sha256()
     train = train.select(subsample(train.labels, train_examples, seed, classes))
     if hold_out:
-        kept, out = split_indices(train.labels, 1.0 - hold_out, seed, classes)
+        try:
+            kept, out = split_indices(train.labels, 1.0 - hold_out, seed, classes)
+        except UserError:
+            raise UserError(f"hold_out {hold_out:g} of {len(train)} training examples leaves nothing to score on") from None
         train, test = train.select(kept), train.select(out)
     test = test.select(subsample(test.labels, test_examples, seed, classes))
-    return TaskData(name, source.metric, names, train, test, _warnings(train, test, names))
+    odd = _odd_labels(train_rows.labels) if name == "tsv" else ()
+    return TaskData(name, source.metric, names, train, test, (*odd, *_warnings(train, test, names)), corpus)
 
 
 def _numbered_examples(rows: Rows, names: tuple[str, ...], task: str) -> Examples:
@@ -346,3 +359,12 @@ def _warnings(train: Examples, test: Examples, names: tuple[str, ...]) -> tuple[
     listed = ", ".join(names[label] for label in missing)
     count = sum(label in missing for label in test.labels)
     return (f"classes in the test set only: {listed} ({count} test examples, which cannot be learned)",)
+
+
+def _odd_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """A line about classes with a single example, as a header line of a file makes one."""
+    single = sorted(label for label, count in Counter(labels).items() if count == 1)
+    if not single:
+        return ()
+    more = f" and {len(single) - 5} more" if len(single) > 5 else ""
+    return (f"classes with a single training example: {', '.join(map(repr, single[:5]))}{more} (a header line counts as one)",)

@@ -21,7 +21,7 @@ from . import UserError
 from .checkpoint import load_checkpoint, rng_state, save_checkpoint, seed_everything, set_rng_state
 from .interruption import Interrupted, StopSignals
 from .metrics import METRICS, macro_f1
-from .models import Encoded, build_model, save_trained
+from .models import Encoded, build_model, check_base, save_trained
 from .phases import Order, Phase, plan_phases, retrain_from, validation_batch_size
 from .plots import draw_curves
 from .progress import Estimate, Silent
@@ -112,6 +112,7 @@ class Training:
         return {
             "settings": self.settings.to_dict(),
             "data_sha256": self.data_sha256,
+            "base_sha256": self.trained.base_sha256,
             "phase": self.index,
             "step": self.step,
             "upper_steps": self.upper_steps,
@@ -130,6 +131,7 @@ class Training:
         """Go on from a checkpoint's state. Raises UserError where the task's data has changed since."""
         if state["data_sha256"] != self.data_sha256:
             raise UserError(f"the data of {self.settings.task} differs from the data that {self.run.path} was trained on")
+        check_base(self.trained.base_sha256, state.get("base_sha256"), self.settings.model, self.run)
         for name, value in state["initial"].items():
             self.initial[name].copy_(value)
         self._begin(state["phase"])
@@ -293,6 +295,8 @@ class Training:
             "machine": machine(),
             "commit": source_commit(),
             "data_sha256": self.data_sha256,
+            "corpus_sha256": self.data.corpus_sha256,
+            "base_sha256": self.trained.base_sha256,
             "settings": settings.to_dict(),
         }
         lines = self.run.read_metrics()

@@ -39,6 +39,47 @@ def model(dtype: torch.dtype = torch.bfloat16, dropout: float = 0.0) -> nn.Modul
     return net
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plan", ["activation", "weight"])
+def test_an_autocast_to_the_other_16_bit_dtype(plan: str, stored: torch.dtype) -> None:
+    other = torch.float16 if stored is torch.bfloat16 else torch.bfloat16
+    net, found = model(stored), []
+    net[0].forced_plan = net[2].forced_plan = plan
+    for backend in ("triton", "reference"):
+        net.zero_grad()
+        with bk.use_backend(backend), torch.autocast("cuda", other):
+            y = net(torch.linspace(-1, 1, 64 * 256, device="cuda", dtype=stored).view(64, 256))
+        y.float().square().mean().backward()
+        found.append([y.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_magnitude_that_is_no_number_shows_in_either_plan(dtype: torch.dtype) -> None:
+    net, x = model(dtype), torch.ones(64, 256, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        net[0].magnitude.mul_(torch.tensor(0.0, device="cuda") / 0.0)
+    for net[0].forced_plan in ("activation", "weight"):
+        assert bool(net[0](x).isnan().all())
+
+
+def test_a_graph_captured_in_eval_mode_follows_the_parameters() -> None:
+    net, x = model().eval(), torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        net(x)  # leaves the norms in the layers
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            net(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = net(x)
+        net[0].lora_B.mul_(5.0)
+        graph.replay()
+        torch.testing.assert_close(y, net(x), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("plan", ["activation", "weight"])
 def test_a_cuda_graph_captures_a_step(plan: str) -> None:
     net, data = model(), torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)

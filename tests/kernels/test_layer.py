@@ -8,6 +8,7 @@ from torch import Tensor
 
 import bidora_kernels as bk
 from bidora_kernels.kernels._launch import LAUNCHES
+from bidora_kernels.ops._triton_gradients import operand_dtype
 
 from .comparison import make_layer
 
@@ -150,3 +151,19 @@ def test_fp64_is_refused_by_name() -> None:
     dora = bk.FusedDoraLinear.from_linear(torch.nn.Linear(8, 8).double(), r=2)
     with bk.use_backend("triton"), pytest.raises(NotImplementedError, match="fp64"):
         dora(torch.randn(3, 8).double())
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plan", ["activation", "weight"])
+def test_an_autocast_to_the_other_16_bit_dtype(plan: str, stored: torch.dtype) -> None:
+    """Operands are cast to it, as nn.Linear's are; a GPU's library has no product from one into the other."""
+    other = torch.float16 if stored is torch.bfloat16 else torch.bfloat16
+    dora, x = make_dora(72, 104).to(stored), torch.randn(5, 104, dtype=stored)
+    dora.forced_plan = plan
+    with torch.autocast("cpu", other):
+        got, expected = run(dora, x, "triton"), run(dora, x, "reference")
+    assert got[0].dtype is other
+    for value, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, want, rtol=0.05, atol=0.05 * float(want.abs().max()))
+    assert operand_dtype(x, dora.weight, other) is other
+    assert operand_dtype(x, dora.weight, torch.float32) is stored  # a precise pass

@@ -121,6 +121,20 @@ def test_fixed_dither(dtype: torch.dtype, seed: int) -> None:
     assert not torch.equal(got, launch(layer, dither_seed=seed + 7))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dither_seed", [None, 3])
+def test_a_nan_of_a_gpu_stays_one(dtype: torch.dtype, dither_seed: int | None) -> None:
+    """All of its 31 lower bits are set: adding to them carries into the sign."""
+    layer = make_layer(32, 64, 4, torch.float32)
+    layer.weight.view(torch.int32)[3, 5] = 0x7FFFFFFF
+    layer.weight[4, 6], layer.weight[5, 7] = torch.inf, -torch.inf
+    norm = torch.ones(32)
+    got = launch(layer, norm=norm, dtype=dtype, dither_seed=dither_seed)
+    assert bool(got[3, 5].isnan())
+    assert int(got.isnan().sum()) == 1
+    assert (got[4, 6] * layer.magnitude[4].sign(), got[5, 7] * layer.magnitude[5].sign()) == (torch.inf, -torch.inf)
+
+
 def test_dither_lets_a_small_change_through() -> None:
     layer = make_layer(64, 256, 16, torch.bfloat16, torch.float32, degenerate_rows=False)
     layer.lora_B *= 1e-5

@@ -91,7 +91,7 @@ class _PastTheCounter(torch.autograd.Function):
         return gate.detach().clone(), up.detach().clone()
 
 
-@pytest.mark.parametrize("package", ["liger_kernel", "unsloth"])
+@pytest.mark.parametrize("package", ["liger_kernel", "unsloth", "liger_kernels_4f1c0a", "flash_attn.layers.rotary"])
 @pytest.mark.parametrize("way", [plainly, under_checkpoint, under_hooks])
 def test_kernels_that_write_past_the_version_counter(
     way: Callable[..., Tensor], package: str, monkeypatch: pytest.MonkeyPatch

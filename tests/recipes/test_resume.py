@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bidora_kernels.recipes import UserError
 from bidora_kernels.recipes.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
@@ -206,15 +208,28 @@ def test_resume_refuses_what_does_not_fit(settings: dict[str, Any], tiny_data: P
     data.mkdir()
     for name in ("train.tsv", "test.tsv"):
         (data / name).write_text((tiny_data / name).read_text())
+    base = tmp_path / "base"
+    shutil.copytree(settings["model"], base)
     with pytest.raises(UserError, match="there is no checkpoint to resume from"):
         resume(run.path)
     with pytest.raises(Interrupted):
-        train(TrainSettings(**{**settings, "data_dir": str(data)}), run.path, progress=SignalAt("search", 2))
+        train(TrainSettings(**{**settings, "data_dir": str(data), "model": str(base)}), run.path, progress=SignalAt("search", 2))
     with pytest.raises(UserError, match="was started with seed 0, not 3"):
         resume(run.path, {"seed": 3})
     (data / "test.tsv").write_text("grain\twheat\n")
     with pytest.raises(UserError, match="the data of tsv differs"):
         resume(run.path)
+    (data / "test.tsv").write_text((tiny_data / "test.tsv").read_text())
+    weights = base / "model.safetensors"
+    original = weights.read_bytes()
+    save_file(
+        {name: value + 1e-3 if "query" in name else value for name, value in load_file(weights).items()},
+        weights,
+        {"format": "pt"},
+    )
+    with pytest.raises(UserError, match=f"the weights of {base} differ from those that {run.path} was trained on"):
+        resume(run.path)
+    weights.write_bytes(original)
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:-200])
     with pytest.raises(UserError, match="cannot be read"):
         resume(run.path)

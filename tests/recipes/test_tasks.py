@@ -80,7 +80,10 @@ def test_labels_are_numbered_over_train_and_test_together(tmp_path: Path) -> Non
     assert data.test.labels == [0, 2]
     assert data.train.texts == ["one", "two", '"three']
     assert data.test.texts[1] == "five\x0csix"
-    assert data.warnings == ("classes in the test set only: a (1 test examples, which cannot be learned)",)
+    assert data.warnings == (
+        "classes with a single training example: 'c' (a header line counts as one)",
+        "classes in the test set only: a (1 test examples, which cannot be learned)",
+    )
 
 
 def test_the_hash_sees_every_text_label_and_order(tmp_path: Path) -> None:
@@ -91,6 +94,40 @@ def test_the_hash_sees_every_text_label_and_order(tmp_path: Path) -> None:
         hashes.add(load_task("tsv", tmp_path).sha256())
         assert load_task("tsv", tmp_path).sha256() in hashes
     assert len(hashes) == 5
+
+
+def test_a_byte_order_mark_and_stray_spaces_make_no_class(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("a\tone\nb \ttwo\na\tthree\nb\tfour\n", encoding="utf-8-sig")
+    (tmp_path / "test.tsv").write_text("a\tone\nb\ttwo\n")
+    data = load_task("tsv", tmp_path)
+    assert data.label_names == ("a", "b")
+    assert data.warnings == ()
+
+
+def test_a_header_line_is_told_and_a_single_class_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("label\ttext\na\tone\na\ttwo\nb\tthree\nb\tfour\n")
+    (tmp_path / "test.tsv").write_text("a\tone\nb\ttwo\n")
+    assert load_task("tsv", tmp_path).warnings == (
+        "classes with a single training example: 'label' (a header line counts as one)",
+    )
+    (tmp_path / "train.tsv").write_text("a\tone\na\ttwo\n")
+    (tmp_path / "test.tsv").write_text("a\tone\n")
+    with pytest.raises(UserError, match="tsv has a single class, a"):
+        load_task("tsv", tmp_path)
+
+
+def test_the_corpus_is_told_apart_whatever_is_chosen_of_it(tiny_data: Path, tmp_path: Path) -> None:
+    parts = [load_task("tsv", tiny_data, train_examples=count, seed=seed) for count, seed in ((None, 0), (40, 1), (40, 2))]
+    assert len({part.corpus_sha256 for part in parts}) == 1
+    assert len({part.sha256() for part in parts}) == 3
+    (tmp_path / "train.tsv").write_text((tiny_data / "train.tsv").read_text())
+    (tmp_path / "test.tsv").write_text("grain\twheat\n")
+    assert load_task("tsv", tmp_path).corpus_sha256 != parts[0].corpus_sha256
+
+
+def test_too_little_to_hold_out_names_the_option(tiny_data: Path) -> None:
+    with pytest.raises(UserError, match=r"hold_out 0\.001 of 72 training examples leaves nothing to score on"):
+        load_task("tsv", tiny_data, hold_out=0.001)
 
 
 def test_a_damaged_file_is_named_with_its_line(tmp_path: Path) -> None:
@@ -138,6 +175,17 @@ def test_hub_datasets_are_read_by_their_features(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=part, validation=part))
     data = load_task("owner/name")
     assert (data.label_names, data.train.texts, data.train.labels, data.train.pairs) == (("no", "yes"), ["x", "y"], [1, 0], None)
+
+    hidden = datasets.Dataset.from_dict({"id": [3], "first": ["z"], "label": [-1]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=part, validation=part, test=hidden))
+    assert load_task("owner/name").test.texts == ["x", "y"]  # a competition keeps its test labels to itself
+
+    text = datasets.Value("string")
+    columns = datasets.Features({"title": text, "id": text, "first": text, "label": features["label"]})
+    several = datasets.Dataset.from_dict({"title": ["x"], "id": ["7"], "first": ["y"], "label": [1]}, features=columns)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=several, validation=several))
+    with pytest.raises(UserError, match="must have one class label and one or two text columns, got title, id, first, label"):
+        load_task("owner/name")
 
     scores = datasets.Dataset.from_dict({"sentence1": ["x"], "sentence2": ["y"], "label": [2.5]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(train=scores, validation=scores))

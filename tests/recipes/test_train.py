@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bidora_kernels.bilevel.sama import kappa
 from bidora_kernels.recipes import UserError
@@ -133,6 +134,94 @@ def test_comparison_groups_runs_over_seeds(finished: dict[str, RunFolder], setti
     assert groups["dora"]["spread"] == pytest.approx(abs(scores[0] - scores[1]) / math.sqrt(2))
     assert groups["bidora"]["spread"] is None
     assert any(str(tmp_path / "dora1") in line for line in comparison_lines(table))
+
+
+def test_a_comparison_keeps_corpora_apart_and_counts_a_seed_once(settings: Any, tiny_data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.tsv").write_text((tiny_data / "train.tsv").read_text())
+    (other / "test.tsv").write_text("grain\twheat\nmoney\tbank\n")
+    shorter = {"method": "dora", "steps": 2, "retrain_steps": 0}
+    for name, changes in {"a": {}, "again": {}, "b": {"seed": 1}, "c": {"data_dir": str(other)}}.items():
+        train(settings(**shorter, **changes), tmp_path / name)
+    table = compare([tmp_path / name for name in ("a", "again", "b", "c")])
+    assert [group["seeds"] for group in table["groups"]] == [[0, 1], [0]]
+    assert [row["repeats"] for row in table["runs"]] == [None, str(tmp_path / "a"), None, None]
+    assert f"not counted: {tmp_path / 'again'} repeats {tmp_path / 'a'}" in comparison_lines(table)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["full", "lora", "dora", "bidora"])
+def test_a_16_bit_checkpoint_trains_in_fp32(
+    dtype: torch.dtype, method: str, settings: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    if method == "lora":
+        pytest.importorskip("peft", reason="the extra [peft] is not installed")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
+    save_file(
+        {name: value.to(dtype) for name, value in load_file(base / "model.safetensors").items()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    for precision in ("fp32", "bf16"):
+        train(settings(method=method, model=str(base), steps=2, retrain_steps=0, precision=precision), tmp_path / precision)
+    run = RunFolder(tmp_path / "fp32")
+    file = run.model / "model.safetensors" if method == "full" else run.adapter / "adapter_model.safetensors"
+    assert {value.dtype for value in load_file(file).values()} == {torch.float32}
+
+
+def test_a_head_for_other_labels_starts_anew(settings: Any, tiny_model: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=7, problem_type="regression")
+    model.save_pretrained(base)
+    summary = train(settings(model=str(base), steps=2, retrain_steps=1), tmp_path / "run")
+    assert "the pretrained classifier had another size, and starts anew for 3 labels" in summary["warnings"]
+    assert summary["trainable"]["head"] == 16 * 3 + 3
+    assert len(predict(tmp_path / "run", ["wheat"])) == 1
+
+
+def test_positions_behind_the_paddings_are_counted(settings: Any, tiny_model: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    base = tmp_path / "roberta"
+    shutil.copytree(tiny_model, base)
+    words = len((base / "vocab.txt").read_text().splitlines())
+    config = transformers.RobertaConfig(
+        vocab_size=words,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=34,
+        pad_token_id=0,
+    )
+    transformers.RobertaModel(config).save_pretrained(base)
+    with pytest.raises(UserError, match="at most the model's 33 positions, got 34"):
+        train(settings(model=str(base), max_length=34), tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_a_target_that_no_layer_has_is_named(method: str, settings: Any, tmp_path: Path) -> None:
+    if method == "lora":
+        pytest.importorskip("peft", reason="the extra [peft] is not installed")
+    with pytest.raises(UserError, match=r"no layer is called 'valeu', which target_modules names \(nearest: value"):
+        train(settings(method=method, target_modules=("query", "valeu")), tmp_path / "run")
+
+
+def test_a_base_that_changed_is_not_predicted_with(settings: Any, tiny_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    train(settings(model=str(base), steps=2, retrain_steps=0), tmp_path / "run")
+    weights = base / "model.safetensors"
+    save_file(
+        {name: value * 2 if "value" in name else value for name, value in load_file(weights).items()}, weights, {"format": "pt"}
+    )
+    with pytest.raises(UserError, match="differ from those that"):
+        predict(tmp_path / "run", ["wheat"])
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(settings: Any, tmp_path: Path) -> None:

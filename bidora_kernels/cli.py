@@ -175,8 +175,11 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that the user typed, paths made absolute so that a run can be used from elsewhere."""
     given = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
-    if "target_modules" in given and given["target_modules"] != "all-linear":
-        given["target_modules"] = tuple(name.strip() for name in given["target_modules"].split(",") if name.strip())
+    if "target_modules" in given:
+        names = tuple(name.strip() for name in given["target_modules"].split(",") if name.strip())
+        if not names:
+            raise UserError("--target-modules names no layer")
+        given["target_modules"] = "all-linear" if names == ("all-linear",) else names
     if "data_dir" in given:
         given["data_dir"] = str(Path(given["data_dir"]).absolute())
     if "model" in given and Path(given["model"]).is_dir():
@@ -233,7 +236,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{arguments.file} cannot be read: {error}") from None
     for text in arguments.text or ([] if arguments.file is not None or sys.stdin.isatty() else ["-"]):
-        texts += sys.stdin.read().split("\n") if text == "-" else [text]
+        texts += sys.stdin.read().removeprefix("\ufeff").split("\n") if text == "-" else [text]
     predictions = predict(arguments.run, [text for text in texts if text.strip()])
     _report(
         arguments,

@@ -20,7 +20,9 @@ _HOW = "install a C++17 compiler, then: pip install --no-build-isolation --force
 # means of absolute values weighted by the output's gradient
 DOUBTFUL_RATIO = 2.5
 
-ONEDNN_FROM = 1 << 24  # multiply-adds of a product from which oneDNN's way through torch costs less than it saves
+# multiply-adds of a product from which it goes to oneDNN: the first of a shape makes a kernel, half a millisecond, which such
+# a product takes itself; a thousand kernels are kept
+ONEDNN_FROM = 1 << 25
 
 
 @functools.cache
@@ -63,8 +65,13 @@ def onednn_is_faster() -> bool:
 
 
 def takes_onednn(tokens: int, weight: Tensor) -> bool:
-    """Whether a product of so many rows with this weight goes to oneDNN; never where torch was told not to use it."""
+    """Whether a product of so many rows with this weight goes to oneDNN; never where torch was told not to use it.
+
+    Its kernels are for weights without gaps, by rows or by columns.
+    """
     if weight.dtype is not torch.float32 or tokens * weight.numel() < ONEDNN_FROM:
+        return False
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
         return False
     return onednn_is_faster() and bool(torch.backends.mkldnn.enabled)
 
@@ -188,7 +195,8 @@ def adapter_gradients(
     """(grad_lora_A, grad_lora_B, grad_magnitude, doubtful rows of it) of y = c * (V x) + bias from x, dy and y.
 
     Without `output` there is no magnitude's gradient. A doubtful row is one whose gradient cannot be read off y accurately: the
-    bias hides the rest, or the magnitude is next to 0. from_updated: `output` is V x itself.
+    bias hides the rest in the tokens that have a gradient, an fp16 y lies below the normal numbers there, or the magnitude is
+    next to 0. from_updated: `output` is V x itself.
     """
     grad_A = torch.empty_like(lora_A) if needs_direction else None
     grad_B = torch.empty_like(lora_B) if needs_direction else None

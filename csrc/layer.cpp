@@ -50,7 +50,9 @@ int64_t adapter_gradients_of(
     flags = static_cast<bool*>(doubtful->mutable_data_ptr());
   }
   if (direction) args.x = matrix(x, "x", tokens, in);
-  args.direction = direction, args.with_magnitude = with_magnitude;
+  // what full precision of y reaches down to; where that and the bias are 0, no sum is doubtful for its size
+  const double smallest = with_magnitude && args.y.dtype == Dtype::f16 ? 0x1p-14 : 0.0;
+  args.direction = direction, args.with_magnitude = with_magnitude, args.sizes = !from_updated && (offset != nullptr || smallest > 0);
   auto scale = buffer<T>(std::max<int64_t>(1, n));
   for (int64_t i = 0; i < n; ++i) scale[i] = norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1);
   const int64_t padded_in = panel_count<T>(in) * k.panel, padded_out = panel_count<T>(n) * k.panel;
@@ -97,7 +99,6 @@ int64_t adapter_gradients_of(
     });
   }
   const int64_t after_A = direction ? r * padded_in : 0, after_B = after_A + (direction ? r * padded_out : 0);
-  const double smallest = with_magnitude && args.y.dtype == Dtype::f16 ? 0x1p-14 : 0.0;  // what its full precision reaches down to
   std::atomic<int64_t> doubtful_count{0};
   torch::stable::parallel_for(0, n, grain(((direction ? r : 0) + 2) * parts), [&](int64_t begin, int64_t end) {
     for (int64_t start = begin; start < end; start += kTile) {

@@ -110,6 +110,8 @@ BAD = {
     "nothing to resume": (["--resume"], "there is no checkpoint to resume from"),
     "penalty": (["--method=full", "--penalty=1"], "penalty needs DoRA layers"),
     "one of two modules": (["--target-modules=query,valeu"], "no layer is called 'valeu'"),
+    "no module at all": (["--target-modules=,"], "--target-modules names no layer"),
+    "the head": (["--target-modules=query,classifier"], "'classifier' of target_modules is not adapted"),
     "large seed": ([f"--seed={2**63}"], "seed must be below 2**63"),
     "hold out": (["--hold-out=0.0001"], "leaves nothing to score on"),
 }

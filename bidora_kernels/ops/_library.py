@@ -85,8 +85,9 @@ def output_is_watched() -> bool:
     global _looked_through
     seen, found = _looked_through
     if seen != len(sys.modules):
-        found = any(name.startswith(UNSEEN_WRITERS) for name in list(sys.modules))
-        _looked_through = len(sys.modules), found
+        names = list(sys.modules)  # another thread may import meanwhile
+        found = any(name.startswith(UNSEEN_WRITERS) for name in names)
+        _looked_through = len(names), found
     return not found
 
 

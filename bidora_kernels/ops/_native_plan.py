@@ -191,7 +191,7 @@ def forward(
     dtype = reference.norm_dtype(weight)
     few = x_dropped is None and takes_few_tokens(x.shape[0], weight, dtype, norm_known)
     bf16 = in_bf16(product_dtype, weight, x_dropped is not None)
-    layer = Layer(weight, lora_A, lora_B, magnitude, added_bias(bias, bf16), scaling, bf16 and not few)
+    layer = Layer(weight, lora_A, lora_B, magnitude, added_bias(bias, bf16 and (keeps or not few)), scaling, bf16 and not few)
     norm = layer.magnitude.new_empty(out_features) if norm is None else layer.constant(norm)
     if x_dropped is None and not few and takes_weight_plan(x.shape[0], weight, layer.operands, norm_known):
         kept = y = _outputs(layer, layer.flat(x, layer.operands), norm, layer.bias, norm_known)
@@ -208,10 +208,13 @@ def forward(
             native.compose(y, torch.mm(x, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y)
         else:
             x_dropped = layer.flat(x_dropped)
-            y, kept = x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], out_features)
-            for part, frozen in layer.frozen_blocks():
-                native.product(x, frozen, out=y[:, part])
-                native.product(x_dropped, frozen, out=kept[:, part])
+            if weight.dtype == layer.dtype:
+                y, kept = native.product(x, weight), native.product(x_dropped, weight)
+            else:
+                y, kept = x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], out_features)
+                for part, frozen in layer.frozen_blocks():
+                    native.product(x, frozen, out=y[:, part])
+                    native.product(x_dropped, frozen, out=kept[:, part])
             native.compose(y, torch.mm(x_dropped, layer.lora_A.t()), layer.lora_B, scale, layer.bias, scaling, y, kept)
     kept_as = kept_dtype(weight, x_dropped is not None, precise, product_dtype, out_dtype, keeps, bias is not None)
     return y if y.dtype is out_dtype else y.to(out_dtype), norm, None if kept_as is None else kept, ()

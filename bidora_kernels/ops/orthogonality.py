@@ -109,11 +109,11 @@ def _weight_gram(weight: Tensor) -> Tensor:
     owner, key = _owner(weight)
     if owner.is_inference():
         return _product(weight)
+    if library.is_captured(weight):  # a replay would read what is kept now, and a call outside find what is not computed yet
+        return _product(weight)
     known = _grams.get(owner)
     if known is not None and known[0] == key:
         return known[1]
-    if library.is_captured(weight):  # a later call outside the graph would find what has not been computed yet
-        return _product(weight)
     _grams.pop(owner, None)
     fits = _fits(weight)
     gram = _product(weight)

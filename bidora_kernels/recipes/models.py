@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Base:
     """A pretrained classification model in fp32 and its tokenizer.
 
     `new_modules` were left out by the pretrained weights, or replaced: `other_sizes` had another size there (a head for other
-    labels). `sha256` tells one set of weights from another: of each pretrained tensor its name, shape, beginning and end.
+    labels). `sha256` is of each pretrained tensor's shape and first and last values, whatever its name.
     """
 
     model: nn.Module
@@ -113,9 +113,8 @@ def load_base(name: str, label_names: Sequence[str], max_length: int) -> Base:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                source, num_labels=max(1, len(labels)), output_loading_info=True, dtype=torch.float32,
-                ignore_mismatched_sizes=True, **head,
-            )  # fmt: skip
+                source, num_labels=max(1, len(labels)), output_loading_info=True, ignore_mismatched_sizes=True, **head
+            )
         except Exception as error:  # offline, no such name, damaged files: the libraries below raise many types
             raise UserError(f"the model {name} could not be loaded: {_first_line(error)}") from error
     positions = _positions(model)
@@ -125,8 +124,10 @@ def load_base(name: str, label_names: Sequence[str], max_length: int) -> Base:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     other = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    if inside := sorted(key for key in other if key.startswith(f"{model.base_model_prefix}.")):
+        raise UserError(f"the model {name} could not be loaded: {inside[0]} has another size than its configuration says")
     new, other_sizes = (sorted({key.rpartition(".")[0] for key in keys}) for keys in ({*info["missing_keys"], *other}, other))
-    return Base(model, tokenizer, new, other_sizes, _sha256(model, new))
+    return Base(model.float(), tokenizer, new, other_sizes, _sha256(model, new))
 
 
 def _positions(model: nn.Module) -> int | None:
@@ -139,14 +140,14 @@ def _positions(model: nn.Module) -> int | None:
 
 
 def _sha256(model: nn.Module, without: Sequence[str]) -> str:
-    digest, most = hashlib.sha256(), 1024
+    digests, most = [], 1024
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] not in without:
-            values = parameter.detach().reshape(-1)
-            digest.update(f"{name} {list(parameter.shape)}".encode())
+            values, digest = parameter.detach().reshape(-1), hashlib.sha256(str(list(parameter.shape)).encode())
             for part in (values[:most], values[-most:]):
                 digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def build_model(settings: TrainSettings, label_names: Sequence[str]) -> tuple[TrainedModel, list[str]]:
@@ -167,9 +168,7 @@ def build_model(settings: TrainSettings, label_names: Sequence[str]) -> tuple[Tr
         _check_targets(model, settings.target_modules)
     lines = list(dict.fromkeys(str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)))
     if base.other_sizes:
-        lines.append(
-            f"the pretrained {', '.join(base.other_sizes)} had another size, and starts anew for {len(label_names)} labels"
-        )
+        lines.append(f"the pretrained {', '.join(base.other_sizes)} had another size, and starts anew for this task's labels")
     return dataclasses.replace(_grouped(model, base.tokenizer, settings.method, new_modules), base_sha256=base.sha256), lines
 
 
@@ -177,12 +176,24 @@ def _check_targets(model: nn.Module, names: tuple[str, ...] | str) -> None:
     """Raise UserError for a name that no adapted layer has."""
     if isinstance(names, str):
         return
-    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+
+    def has(wanted: str, found: Iterable[str]) -> bool:
+        return any(name == wanted or name.endswith(f".{wanted}") for name in found)
+
+    modules = dict(model.named_modules())
+    adapted = [name for name, module in modules.items() if hasattr(module, "lora_A")]
     for wanted in names:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in adapted):
-            linear = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
-            near = ", ".join(difflib.get_close_matches(wanted, sorted(linear), n=3, cutoff=0.0))
-            raise UserError(f"no layer is called {wanted!r}, which target_modules names (nearest: {near})")
+        if has(wanted, adapted):
+            continue
+        if has(wanted, modules):
+            raise UserError(
+                f"{wanted!r} of target_modules is not adapted: a head trains whole, and other kinds of layers cannot be"
+            )
+        known = {name.rpartition(".")[2] for name in adapted} | {
+            name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear) and "lora" not in name
+        }
+        near = ", ".join(difflib.get_close_matches(wanted, sorted(known - {"base_layer", "default"}), n=3, cutoff=0.0))
+        raise UserError(f"no layer is called {wanted!r}, which target_modules names (nearest: {near})")
 
 
 def _targets(settings: TrainSettings) -> list[str] | str:
@@ -281,6 +292,8 @@ def load_trained(run: RunFolder) -> tuple[nn.Module, Any, dict[str, Any]]:
     settings = TrainSettings.from_dict(summary["settings"])
     if settings.method == "full":
         base = load_base(str(run.model), summary["label_names"], settings.max_length)
+        if base.other_sizes or base.new_modules:
+            raise UserError(f"the model in {run.model} is damaged: {', '.join(base.new_modules)} is missing or of another size")
         return base.model.eval(), base.tokenizer, summary
     base = load_base(settings.model, summary["label_names"], settings.max_length)
     check_base(base.sha256, summary.get("base_sha256"), settings.model, run)

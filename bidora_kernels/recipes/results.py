@@ -38,9 +38,9 @@ def closing_lines(summary: dict[str, Any], run: RunFolder) -> list[str]:
 def compare(paths: Sequence[str | Path]) -> dict[str, Any]:
     """The summaries of runs side by side, and mean and spread over seeds by task, model, method and its settings.
 
-    Runs belong together where their settings and their whole corpus are the same. A second run of a seed is listed, and marked
-    `repeats`, but not counted. The spread is the sample standard deviation; None for a single run. Raises UserError for a folder
-    without a finished run.
+    Runs belong together where their settings and their whole corpus (of which older versions kept no hash) are the same. A second
+    run of a seed is listed, and marked `repeats`, but not counted. The spread is the sample standard deviation; None for a single
+    run. Raises UserError for a folder without a finished run.
     """
     runs = []
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}

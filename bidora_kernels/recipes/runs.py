@@ -79,7 +79,7 @@ class RunFolder:
 
     def check_new(self, overwrite: bool) -> None:
         """Raise UserError where a new run cannot start here; changes nothing."""
-        nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if os.path.exists(folder))
         if not nearest.is_dir():
             raise UserError(f"{nearest} is not a folder")
         if not os.access(nearest, os.W_OK):

@@ -144,9 +144,8 @@ def subsample(labels: Sequence[Any], count: int | None, seed: int, stratified: b
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return (
-            path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-        )  # splitlines would also cut at form feeds and the like
+        text = path.read_text(encoding="utf-8-sig")
+        return text.rstrip("\n").split("\n")  # splitlines would also cut at form feeds and the like
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -81,23 +81,33 @@ BIDORA_INLINE void add_ranks(const T* rows, int64_t row_stride, int64_t count, c
   for (; j < r; ++j) add_panel<T, 1>(rows, row_stride, count, factor + j * kBlock, to + j * stride, stride);
 }
 
-// dot += sum_t g u, size += sum_t |g u|, weight += sum_t |g| over TOKENS rows, u = y - bias, read along the rows
-template <typename T, int TOKENS>
+// dot += sum_t g u, and with SIZES size += sum_t |g u|, weight += sum_t |g| over TOKENS rows, u = y - bias, read along the rows
+template <typename T, int TOKENS, bool SIZES>
 BIDORA_INLINE void add_magnitude(
     const Rows<T>& g, const Rows<T>& y, int64_t token, int64_t columns, const T* bias, T* dot, T* size, T* weight) {
   for (int64_t c = 0; c < columns; c += kLanes<T>) {
-    Vector<T> b = {}, dots = load(dot + c), sizes = load(size + c), weights = load(weight + c);
+    Vector<T> b = {}, dots = load(dot + c), sizes = {}, weights = {};
     if (bias) b = load(bias + c);
+    if (SIZES) sizes = load(size + c), weights = load(weight + c);
     for (int64_t t = 0; t < TOKENS; ++t) {
       Vector<T> dy = load(g.at(token + t, c)), product = dy * (load(y.at(token + t, c)) - b);
       dots += product;
+      if (!SIZES) continue;
       sizes += product < T(0) ? -product : product;
       weights += dy < T(0) ? -dy : dy;
     }
     store(dot + c, dots);
+    if (!SIZES) continue;
     store(size + c, sizes);
     store(weight + c, weights);
   }
+}
+
+template <typename T, bool SIZES>
+BIDORA_INLINE void add_magnitudes(const Rows<T>& g, const Rows<T>& y, int64_t count, int64_t columns, const T* bias, T* sums) {
+  int64_t t = 0;
+  for (; t + 4 <= count; t += 4) add_magnitude<T, 4, SIZES>(g, y, t, columns, bias, sums, sums + columns, sums + 2 * columns);
+  for (; t < count; ++t) add_magnitude<T, 1, SIZES>(g, y, t, columns, bias, sums, sums + columns, sums + 2 * columns);
 }
 
 // Tokens [begin, end) added to a partial sum: grad_A [r, padded in], grad_B^T [r, padded out], then the three magnitude
@@ -130,11 +140,13 @@ static void gradient_tokens(const GradientArgs<T>& a, int64_t begin, int64_t end
     }
     if (a.with_magnitude) {
       const Rows<T> y = block_of(a.y, token, count, a.out_features, own_y);
-      for (int64_t c = 0; c < 3 * out; ++c) sums[c] = T(0);
-      int64_t t = 0;
-      for (; t + 4 <= count; t += 4) add_magnitude<T, 4>(g, y, t, out, a.bias, sums, sums + out, sums + 2 * out);
-      for (; t < count; ++t) add_magnitude<T, 1>(g, y, t, out, a.bias, sums, sums + out, sums + 2 * out);
-      for (int64_t c = 0; c < 3 * out; ++c) dot[c] += sums[c];
+      const int64_t length = (a.sizes ? 3 : 1) * out;
+      for (int64_t c = 0; c < length; ++c) sums[c] = T(0);
+      if (a.sizes)
+        add_magnitudes<T, true>(g, y, count, out, a.bias, sums);
+      else
+        add_magnitudes<T, false>(g, y, count, out, a.bias, sums);
+      for (int64_t c = 0; c < length; ++c) dot[c] += sums[c];
     }
   }
 }

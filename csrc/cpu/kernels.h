@@ -38,7 +38,8 @@ struct WeightArgs {
 template <typename T>
 struct GradientArgs {
   Matrix x, g, y;
-  bool direction, with_magnitude;  // the sums that x, and those that y is needed for; the other matrix is not looked at
+  // which sums are wanted: those that x is needed for, that of g u, and those of its size; x and y are read where they are needed
+  bool direction, with_magnitude, sizes;
   const T* lora_A;     // [r, in]
   const T* scaled_B;   // (c lora_B)^T, [r, out]
   const T* bias;       // [padded out] or nullptr
@@ -111,8 +112,8 @@ struct Kernels {
   // panels of output features [begin, end); scratch: (in_features + 8) * panel elements
   void (*weight_columns)(const WeightArgs<T>&, int64_t begin, int64_t end, T* scratch);
   // tokens [begin, end) added to `partial`: grad_A [r, padded in] and grad_B^T [r, padded out] where there is an x, then
-  // sums of g u, |g u| and |g| [padded out] with u = y - bias; scratch: kBlock * (padded in + 2 * padded out + 2 * r) + 3 * padded
-  // out elements
+  // sums of g u, |g u| and |g| [padded out] with u = y - bias;
+  // scratch: kBlock * (padded in + 2 * padded out + 2 * r) + 3 * padded out elements
   void (*gradient_tokens)(const GradientArgs<T>&, int64_t begin, int64_t end, T* partial, T* scratch);
   // rows [begin, end); partial_A: r * padded(in_features); scratch: 12 * padded(in_features) + 9 * r elements
   void (*direction_rows)(const DirectionArgs<T>&, int64_t begin, int64_t end, T* partial_A, T* scratch);

@@ -76,8 +76,8 @@ BIDORA_INLINE uint32_t float_to_bits(float value) {
 BIDORA_INLINE float from_bf16(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }
 
 BIDORA_INLINE float from_f16(uint16_t h) {
-  // the exponent moves from bias 15 to 127; 0.5 has the unit in the last place of fp16's subnormal numbers, 2^-24, and taking it away
-  // again never meets a subnormal fp32, which a processor may be told to read as 0
+  // the exponent moves from bias 15 to 127; 0.5 has the unit in the last place of fp16's subnormal numbers, 2^-24, and taking it
+  // away again never meets a subnormal fp32, which a processor may be told to read as 0
   uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
   uint32_t bits = magnitude + (112u << 23);
   bits = (h & 0x7c00) == 0 ? float_to_bits(bits_to_float((h & 0x03ffu) | 0x3f000000u) - 0.5f) : bits;

@@ -69,6 +69,7 @@ def test_a_graph_captured_in_eval_mode_follows_the_parameters() -> None:
     with torch.no_grad():
         net(x)  # leaves the norms in the layers
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             net(x)
         torch.cuda.current_stream().wait_stream(stream)

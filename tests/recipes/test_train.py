@@ -180,9 +180,18 @@ def test_a_head_for_other_labels_starts_anew(settings: Any, tiny_model: Path, tm
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=7, problem_type="regression")
     model.save_pretrained(base)
     summary = train(settings(model=str(base), steps=2, retrain_steps=1), tmp_path / "run")
-    assert "the pretrained classifier had another size, and starts anew for 3 labels" in summary["warnings"]
+    assert "the pretrained classifier had another size, and starts anew for this task's labels" in summary["warnings"]
     assert summary["trainable"]["head"] == 16 * 3 + 3
     assert len(predict(tmp_path / "run", ["wheat"])) == 1
+
+
+def test_an_encoder_of_another_size_is_refused(settings: Any, tiny_model: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(UserError, match="has another size than its configuration says"):
+        train(settings(model=str(base)), tmp_path / "run")
 
 
 def test_positions_behind_the_paddings_are_counted(settings: Any, tiny_model: Path, tmp_path: Path) -> None:

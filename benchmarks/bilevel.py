@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,11 +28,9 @@ from .peers import BACKENDS, Unavailable, backend_context, need_backend, ours
 from .timing import Candidate
 
 RADIUS = 0.01  # Betty's default length of the perturbation
-# Of the hypergradient against the exact one: a one-sided difference is up to 2e-2 off
-TOLERANCE = {
-    torch.float32: {"direct": 1e-3, "second_order": 5e-2},
-    torch.bfloat16: {"direct": 1e-1, "second_order": float("inf")},
-}
+# Of the hypergradient against the exact one: a one-sided difference is up to 2e-2 off. In 16 bits the second-order term is not
+# compared: the reference there is the authors' method, and at its fixed radius the difference of two 16-bit passes is rounding
+TOLERANCE = {torch.float32: {"direct": 1e-3, "second_order": 5e-2}, torch.bfloat16: {"direct": 1e-1}}
 ESTIMATORS: dict[str, dict[str, Any]] = {  # name: constructor arguments of the estimator, arguments of the optimizer
     "FirstOrder": {},
     "ForwardDifference": {"xi": 1.0},
@@ -66,18 +63,20 @@ class DifferenceMethod:
 
     The lower step, a validation pass, two train passes around the updated directions; each asks for the gradients it uses.
 
-    one_sided: a single perturbed pass, whose base gradient comes from the lower pass.
+    one_sided: a single perturbed pass, whose base gradient comes from the lower pass. autocast: of every forward pass.
     """
 
-    def __init__(self, bench: Workbench, model: nn.Module, magnitude: Direction, one_sided: bool = False) -> None:
-        chosen = {id(p) for p in magnitude}
+    def __init__(
+        self, bench: Workbench, model: nn.Module, magnitude: Direction, one_sided: bool = False, autocast: bool = False
+    ) -> None:
+        chosen, self.autocast = {id(p) for p in magnitude}, autocast
         self.bench, self.model, self.magnitude, self.one_sided = bench, model, list(magnitude), one_sided
         self.direction = [p for p in trained(model) if id(p) not in chosen]
         self.lower = torch.optim.AdamW(self.direction, lr=LEARNING_RATE)
         self.upper = torch.optim.AdamW(self.magnitude, lr=LEARNING_RATE)
 
     def _gradients(self, batch: Batch, of: Direction) -> list[Tensor]:
-        return list(torch.autograd.grad(self.bench.loss(self.model, batch), of))
+        return list(torch.autograd.grad(self.bench.loss(self.model, batch, self.autocast), of))
 
     def hypergradient(self, train: Batch, validation: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """(direct, second-order term to subtract); the lower step is taken."""
@@ -130,31 +129,28 @@ def _difference_candidate(
     bench: Workbench,
     build: Callable[[Workbench], tuple[nn.Module, dict[str, list[Tensor]]]],
     one_sided: bool = False,
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    autocast: bool = False,
 ) -> Candidate:
     model, parts = build(bench)
-    method = DifferenceMethod(bench, model, parts["magnitude"], one_sided)
+    method = DifferenceMethod(bench, model, parts["magnitude"], one_sided, autocast)
 
     def verify() -> dict[str, float]:
-        with around():
-            return check_model(bench, model, parts, "dora")
+        return check_model(bench, model, parts, "dora", autocast)
 
-    calls = [functools.partial(method.iteration, *pair) for pair in _pairs(bench, bench.batches)]
-    return Candidate(name, calls, verify, around)
+    return Candidate(name, [functools.partial(method.iteration, *pair) for pair in _pairs(bench, bench.batches)], verify)
 
 
 def exact_terms(bench: Workbench) -> dict[str, Terms]:
     """(direct, second-order term) of the hypergradient at xi = 1 and the first batches, by where the second one is taken.
 
     In fp64 on the reference: "before" the lower step by double backward, "after" it by central differences. A 16-bit case takes
-    the authors' method on PEFT's DoRA instead (its radius and rounding leave the direct term alone to compare).
+    the direct term of the authors' method on PEFT's DoRA instead.
     """
     pair = _pairs(bench, bench.batches)[0]
     if DTYPES[bench.case.dtype] is not torch.float32:
         model, parts = peft_model(bench, dora=True, fp32=bench.weight_dtype != torch.float32)
-        method = DifferenceMethod(bench, model, parts["magnitude"])
-        with torch.autocast(bench.device, torch.bfloat16):
-            direct, second_order = method.hypergradient(*pair)
+        method = DifferenceMethod(bench, model, parts["magnitude"], autocast=True)
+        direct, second_order = method.hypergradient(*pair)
         return dict.fromkeys(("before", "after"), (_flat(direct), -_flat(second_order)))
     found = {}
     for at, estimator in (("before", bk.DoubleBackward()), ("after", bk.CentralDifference(at="after"))):
@@ -213,7 +209,7 @@ def _compare_terms(
     tolerance = TOLERANCE[DTYPES[bench.case.dtype]]
     wanted = exact[COMPARABLE.get(label, "before")]
     found = {"direct": _error(direct, wanted[0])}
-    if label in COMPARABLE:
+    if label in COMPARABLE and "second_order" in tolerance:
         found["second_order"] = _error(second_order, wanted[1])
     checked: dict[str, float] = {}
     for name, error in found.items():
@@ -251,8 +247,7 @@ def bilevel_providers(case: BilevelCase, variants: bool = False) -> dict[str, Ca
         name = "Eq. 8 on PEFT DoRA, fp32 adapters"
 
         def default(bench: Workbench) -> Candidate:
-            autocast = functools.partial(torch.autocast, bench.device, torch.bfloat16)
-            return _difference_candidate(name, bench, lambda b: peft_model(b, dora=True, fp32=True), around=autocast)
+            return _difference_candidate(name, bench, lambda b: peft_model(b, dora=True, fp32=True), autocast=True)
 
         found[name] = default
     found["one-sided on the plain function"] = lambda b: _difference_candidate(

@@ -1,9 +1,9 @@
 """What one bilevel iteration costs: the paper's Table 10 with its cheaper successors, and this library's gates.
 
-One interleaved run per set of targets, in rotating order; every ratio is taken within a round, then its median over rounds and a
-95 % bootstrap interval. A RoBERTa-base-shaped encoder with random weights, batches of equal size, an upper step every iteration
-but for presets that say otherwise (their iterations are averaged); "1/2" takes the difference on half of the train batch, "whole"
-on all of it where the preset takes half. The estimators that a user would rarely take are timed in a
+One interleaved run per set of targets, each round in an order of its own; every ratio is taken within a round, then its median
+over rounds and a 95 % bootstrap interval. A RoBERTa-base-shaped encoder with random weights, batches of equal size, an upper
+step every iteration but for presets that say otherwise (their iterations are averaged); "1/2" takes the difference on half of
+the train batch, "whole" on all of it where the preset takes half. The estimators that a user would rarely take are timed in a
 shorter run of their own, beside the same peers.
 
     python -m benchmarks.cost --json benchmarks/results/bilevel/cost.json
@@ -85,6 +85,7 @@ def measure_targets(
     found: dict[str, Any] = {"case": case.describe(), "runs": []}
     for labels, count in ((PEERS + usual, rounds), (PEERS + DEAR, dear_rounds)):
         if count:
+            piece = machine.piece(device, quick=True)
             candidates = ready(bench, case, labels, log)
             peaks = {}
             for candidate in candidates:
@@ -93,7 +94,7 @@ def measure_targets(
                     peaks[candidate.name] = memory.peak_bytes(candidate.calls[0], device)
             times = measure(candidates, device, count, count, 0.0)
             found["runs"].append({"seconds": {name: [float(f"{s:.5g}") for s in taken] for name, taken in times.items()},
-                                  "peak_bytes": peaks})  # fmt: skip
+                                  "peak_bytes": peaks, "piece": piece})  # fmt: skip
     return found
 
 
@@ -164,7 +165,6 @@ def main(argv: list[str] | None = None) -> int:
                 raise SystemExit(f"--rounds 0 adds to a run of {name}, and there is none in --json")
             found["runs"] = [document["results"][name]["runs"][0], *found["runs"]]
         found["gates"] = gates(found) if arguments.layers == 3 and not arguments.tiny else []
-        found["piece"] = machine.piece(arguments.device, quick=True)
         failed |= not all(gate["holds"] for gate in found["gates"])
         document["results"][name] = found
         print("\n".join([*lines(found), ""]), flush=True)

@@ -25,6 +25,7 @@ from .timing import Ratio, distance, measure, ratio
 
 PARTS = ("step", "decode", "operations", "deep")
 OURS, LORA, DORA, PLAIN = "bidora (native)", "PEFT LoRA", "PEFT DoRA", "plain function"
+CACHED = "PEFT DoRA, DoraCaching"
 Times = dict[str, list[float]]
 Gate = tuple[str, Ratio, float | None]  # what, measured, the most that is allowed
 
@@ -43,6 +44,8 @@ def gates(case: Case, times: Times) -> Iterator[Gate]:
         if case.tokens == 1:
             yield "ours / merged linear", ratio(ours, times["merged linear"]), 1.10
             yield "ours / PEFT DoRA", ratio(ours, times[DORA]), 1 / 60
+        if CACHED in times:
+            yield "ours / PEFT DoRA, DoraCaching", ratio(ours, times[CACHED]), None
         yield "ours / PEFT LoRA", ratio(ours, times[LORA]), None if case.tokens == 1 else 1.0
         yield "ours / nn.Linear", ratio(ours, floor), None
     else:

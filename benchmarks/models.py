@@ -7,7 +7,7 @@ import copy
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,9 +112,9 @@ class Workbench:
         shared = {id(p): p for p in (*self.base.parameters(), *self.base.buffers()) if id(p) not in head}
         return copy.deepcopy(self.base, shared)
 
-    def loss(self, model: Model, batch: Batch) -> Tensor:
-        """The mean loss of a batch, under autocast where the case says so."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+    def loss(self, model: Model, batch: Batch, autocast: bool = False) -> Tensor:
+        """The mean loss of a batch, under autocast where the case or the provider says so."""
+        with torch.autocast(self.device, torch.bfloat16) if self.autocast or autocast else contextlib.nullcontext():
             return model(**batch).loss
 
     @functools.cached_property
@@ -260,11 +260,11 @@ def plain_function_model(bench: Workbench) -> tuple[Model, Parts]:
     return model, {part: [getattr(layer, part) for layer in layers] for part in ("lora_A", "lora_B", "magnitude")}
 
 
-def check_model(bench: Workbench, model: Model, parts: Parts, rule: str) -> dict[str, float]:
+def check_model(bench: Workbench, model: Model, parts: Parts, rule: str, autocast: bool = False) -> dict[str, float]:
     """Compare a model's loss, and its gradients where `parts` names the parameters, with the fp64 ones; leaves no gradient."""
     tolerance, gradient_tolerance = TOLERANCE[DTYPES[bench.case.dtype]]
     exact = bench.exact
-    loss = bench.loss(model, bench.batches[0])
+    loss = bench.loss(model, bench.batches[0], autocast)
     errors = oracle.require({"loss": abs(float(loss.detach()) - exact[rule]) / abs(exact[rule])}, tolerance)
     if parts:
         flat = list(itertools.chain.from_iterable(parts.values()))
@@ -290,8 +290,9 @@ def step_candidate(
     build: Callable[[Workbench], tuple[Model, Parts]],
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     compiled: bool = False,
+    autocast: bool = False,
 ) -> Candidate:
-    """One AdamW step on one batch."""
+    """One AdamW step on one batch; autocast: the forward pass runs under it, as the Trainer's does with bf16=True."""
     model, parts = build(bench)
     parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE) if parameters else None
@@ -300,21 +301,15 @@ def step_candidate(
     def step(batch: Batch) -> None:
         for parameter in parameters:
             parameter.grad = None
-        bench.loss(run, batch).backward()
+        bench.loss(run, batch, autocast).backward()
         if optimizer is not None:
             optimizer.step()
 
     def verify() -> dict[str, float]:
         with around():
-            return check_model(bench, run, parts, rule)
+            return check_model(bench, run, parts, rule, autocast)
 
     return Candidate(name, [functools.partial(step, batch) for batch in bench.batches], verify, around)
-
-
-@contextlib.contextmanager
-def _autocast(bench: Workbench) -> Iterator[None]:
-    with torch.autocast(bench.device, torch.bfloat16):
-        yield
 
 
 def _bidora(bench: Workbench, backend: str, compiled: bool = False) -> Candidate:
@@ -334,9 +329,7 @@ def peft_steps(bench_case: StepCase) -> dict[str, Callable[[Workbench], Candidat
     }
     if bench_case.model.startswith("llama"):
         name = "PEFT DoRA, fp32 adapters"
-        found[name] = lambda b: step_candidate(
-            name, b, "dora", lambda b: peft_model(b, dora=True, fp32=True), functools.partial(_autocast, b)
-        )
+        found[name] = lambda b: step_candidate(name, b, "dora", lambda b: peft_model(b, dora=True, fp32=True), autocast=True)
     return found
 
 

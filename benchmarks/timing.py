@@ -1,4 +1,4 @@
-"""How a time is taken: providers interleaved round by round in one process, in rotating order, and compared within a round."""
+"""How a time is taken: providers interleaved in one process, each round in an order of its own, and compared within a round."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def measure(
     """Seconds per iteration of every candidate, one value a round; all lists have the same length.
 
     Rounds end at `max_rounds`, or earlier when `seconds` have passed and there are `min_rounds`, or after the first round that
-    ends past `deadline` (of time.monotonic). The order rotates by one candidate a round and turns around after a full cycle.
+    ends past `deadline` (of time.monotonic). Each round has a random order, always the same for its number, so that no candidate
+    has the same neighbour before it again and again.
     """
     clock = clock_for(device)
     repeats = {candidate.name: _warm_up(candidate, clock) for candidate in candidates}
@@ -113,11 +114,7 @@ def measure(
             break
         if done > 0 and time.monotonic() > deadline:
             break
-        turn = (start_round + done) % len(candidates)
-        order = [*candidates[turn:], *candidates[:turn]]
-        if (start_round + done) // len(candidates) % 2:
-            order.reverse()
-        for candidate in order:
+        for candidate in random.Random(start_round + done).sample(list(candidates), len(candidates)):
             count = repeats[candidate.name]
             with candidate.around():
                 taken = clock.seconds(functools.partial(candidate.run, count))

@@ -1,4 +1,4 @@
-"""Rounds are interleaved and rotate; intervals and ratios mean what they say."""
+"""Rounds are interleaved in changing orders; intervals and ratios mean what they say."""
 
 from __future__ import annotations
 
@@ -17,12 +17,24 @@ def _recording(name: str, log: list[str], sets: int = 1, iterations: int = 1, pa
     return Candidate(name, [lambda index=index: call(index) for index in range(sets)], dict, iterations=iterations)
 
 
-def test_rounds_interleave_in_rotating_order() -> None:
+def test_rounds_interleave_each_in_an_order_of_its_own() -> None:
     log: list[str] = []
-    times = measure([_recording(name, log) for name in "abc"], "cpu", 4, 4, 0.0)
-    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "c": 4}
-    timed = [entry[0] for entry in log[-12:]]  # a block of these takes one call
-    assert ["".join(timed[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "cba"]
+    times = measure([_recording(name, log, pause=0.0) for name in "abcd"], "cpu", 24, 24, 0.0)
+    assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abcd", 24)
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_every_round_has_everyone_and_neighbours_change(start: int) -> None:
+    log: list[str] = []
+    measure([_recording(name, log) for name in "abcd"], "cpu", 24, 24, 0.0, start)
+    timed = [entry[0] for entry in log[-96:]]  # a block of these takes one call
+    rounds = ["".join(timed[i : i + 4]) for i in range(0, 96, 4)]
+    assert all(sorted(one) == list("abcd") for one in rounds)
+    before = {name: {one[one.index(name) - 1] for one in rounds if one[0] != name} for name in "abcd"}
+    assert all(len(neighbours) == 3 for neighbours in before.values())
+    again: list[str] = []
+    measure([_recording(name, again) for name in "abcd"], "cpu", 1, 1, 0.0, start + 5)
+    assert "".join(entry[0] for entry in again[-4:]) == rounds[5]  # a later piece of the same case goes on with the same orders
 
 
 def test_sets_are_taken_in_turn_and_all_warmed() -> None:

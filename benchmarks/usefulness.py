@@ -52,6 +52,8 @@ CHEAPER = {
     "Sama, horizon 5, max_ratio 1, difference 1/2": ("Sama, horizon 5, max_ratio 1", 1.0, 0.5),
     "Sama, horizon 5, max_ratio 1, validation 1/4": ("Sama, horizon 5, max_ratio 1", 0.25, 1.0),
     "Sama, horizon 5, max_ratio 1, validation 1/4, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.25, 0.5),
+    "Sama, horizon 5, max_ratio 1, validation 1/16": ("Sama, horizon 5, max_ratio 1", 0.0625, 1.0),
+    "Sama, horizon 5, max_ratio 1, validation 1/16, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.0625, 0.5),
 }
 
 WIDTH = 2 + max(map(len, (*ESTIMATORS, *CHEAPER)))

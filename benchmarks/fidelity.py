@@ -21,6 +21,7 @@ from torch import nn
 
 import bidora_kernels as bk
 
+from . import machine
 from .encoder import (
     TARGETS,
     Batch,
@@ -153,7 +154,7 @@ def main() -> None:
             for more in measure(r, targets, arguments, done):
                 rows += more
                 if arguments.json:
-                    document = {"schema_version": 1, "torch": torch.__version__, "settings": _settings(arguments), "rows": rows}
+                    document = {"schema_version": 1, **machine.source(), "settings": _settings(arguments), "rows": rows}
                     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     print("\n".join(["", *table(rows), "", *gates(rows)]))
 

@@ -89,6 +89,11 @@ def commit() -> dict[str, Any]:
     return {"commit": _command("git", "rev-parse", "HEAD") or "unknown", "modified": bool(changed)}
 
 
+def source() -> dict[str, Any]:
+    """What numbers that are no times come from: the latest commit that added some, the processor, PyTorch."""
+    return {**commit(), "cpu": _cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+
+
 def _clock_mhz(device: str) -> float | None:
     if device == "cuda":
         text = _command("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits")

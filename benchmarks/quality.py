@@ -3,7 +3,8 @@
 MiniLM-L6 on Reuters R8 and CoLA, 200 training and 500 test examples, every run with the same number of gradient passes. Per
 task three learning rates are tried on seed 0, scored on a fifth of the training examples held out, by plain DoRA for itself and
 by the first-order method for every bilevel one; then five seeds with the best one (the smaller of equal ones). Every bilevel
-method searches with three quarters of the passes and retrains from the search, so that the methods differ in the hypergradient
+method searches with three quarters of the passes and retrains from the search. paper-code takes an upper step in every iteration
+and a whole validation batch, as the authors do, and so half as many lower steps as the others; these differ in the hypergradient
 alone. A run that is finished is not made again, one that was interrupted goes on; `bidora compare OUTPUT/runs/*` reads them.
 
     python -m benchmarks.quality --output runs/quality

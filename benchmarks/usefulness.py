@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import bidora_kernels as bk
 
+from . import machine
 from .encoder import Batch, Batches, cosine, double_copy, encoder, flat, loss_fn, relative_error, stages
 
 UNLIMITED: dict[str, Any] = {"max_ratio": math.inf}
@@ -332,7 +333,7 @@ def main() -> None:
         for more in measure(lr, arguments, done):
             rows += more
             if arguments.json:
-                document = {"schema_version": 1, "torch": torch.__version__, "settings": _settings(arguments), "rows": rows}
+                document = {"schema_version": 1, **machine.source(), "settings": _settings(arguments), "rows": rows}
                 arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     print("\n" + "\n".join(table([row for row in rows if row["norm"] == arguments.norm])))
 

@@ -40,6 +40,8 @@ def check_settings(owner: BilevelOptimizer) -> None:
 
 def check_sharding(owner: BilevelOptimizer) -> None:
     """Raise TypeError or ValueError for what sharded parameters do not allow."""
+    if isinstance(getattr(owner.model, "_orig_mod", owner.model), nn.DataParallel):
+        raise TypeError("nn.DataParallel's threads do not know what a pass is for: take DistributedDataParallel")
     if (owner._direction.group is None) != (owner._magnitude.group is None):
         raise TypeError("the parameters of both levels must be sharded, or of neither")
     if owner._direction.group is None:

@@ -150,7 +150,11 @@ def tile(kernel: str, r: int, *operands: Tensor | None) -> Tile:
 
 
 def precision(*operands: Tensor | None) -> str:
-    """How fp32 matrix products run: with 16-bit operands one tf32 pass holds them exactly, fp32 operands take three."""
+    """How fp32 matrix products run: with 16-bit operands one tf32 pass holds them exactly, fp32 operands take three.
+
+    A kernel whose operands are 16-bit tensors and a factor computed from them in fp32 (the gradients of the factors) rounds that
+    factor to tf32's 11 bits, less than such adapters themselves are rounded to.
+    """
     if torch.version.hip is not None:
         return "ieee"
     wide = any(operand is not None and operand.element_size() > 2 for operand in operands)

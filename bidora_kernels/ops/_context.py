@@ -121,7 +121,8 @@ def pass_mode(
     """Set what the operations called inside compute; arguments left at None are inherited from an enclosing `pass_mode`.
 
     The mode covers the forward and the backward of a pass. A segment under activation checkpointing runs its forward again
-    inside backward, perhaps on another thread; the layers of this library then use the mode of their first forward.
+    inside backward, perhaps on another thread; the layers of this library then use the mode of their first forward. A thread that
+    is started inside (`nn.DataParallel` starts some) begins with the default mode.
 
     Raises ValueError for a group that is not "direction" or "magnitude".
     """

@@ -57,6 +57,13 @@ def test_parameters_that_were_added_later_are_refused(level: str) -> None:
         optimizer.step(bert_loss, TRAIN, VALIDATION)
 
 
+def test_threads_that_know_no_pass_are_refused() -> None:
+    model = nn.DataParallel(small_bert())
+    direction, magnitude = bk.split_parameters(model)
+    with pytest.raises(TypeError, match="take DistributedDataParallel"):
+        bk.BilevelOptimizer(model, lower=torch.optim.SGD(direction, lr=0.1), upper=torch.optim.SGD(magnitude, lr=0.1))
+
+
 def test_a_layers_parts_belong_to_their_levels() -> None:
     model = small_bert()
     direction, magnitude = (list(group) for group in bk.split_parameters(model))

@@ -49,7 +49,9 @@ class DoraConfig:
     exclude_modules: the same two forms; wins over target_modules.
     rank_pattern, alpha_pattern: regular expressions of a name's end to another r or lora_alpha; the first match counts.
     modules_to_save: ends of names of modules that are trained whole and saved with the adapter (a task head).
-    layers_to_transform, layers_pattern: with a list of target_modules, only layers with these indices.
+    layers_to_transform, layers_pattern: with a list of target_modules, only layers with these indices; the pattern (a name or
+        several) is what stands before an index, by default PEFT's usual ones.
+    bias: only "none", biases stay frozen. base_model_name_or_path: what a saved file says of its base.
     init_lora_weights: True (lora_A Kaiming-uniform) or "gaussian" (standard deviation 1 / r); lora_B starts at 0.
     task_type: one of PEFT's; "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the usual heads to modules_to_save.
     fused_slices: fused projections of which only some slices are adapted: {"c_attn": ["query", "value"]}.

@@ -111,6 +111,9 @@ class FusedDoraLinear(nn.Module):
     ) -> FusedDoraLinear:
         """Return a DoRA layer that computes what `linear` does until its adapter is trained.
 
+        r: rank of lora_B @ lora_A. lora_alpha: scaling is lora_alpha / r, with use_rslora lora_alpha / sqrt(r). lora_dropout:
+        probability in [0, 1) of the dropout before lora_A in training. detach_norm: the derivative takes ||V|| for a constant.
+
         The layer holds the linear's own weight and bias parameters, not copies, and freezes them. Raises TypeError for anything
         but an `nn.Linear` with a floating-point weight, ValueError for r <= 0, for dropout outside [0, 1) and for a weight with a
         non-finite value or a row norm above 1e18 (the row is named); warns where r exceeds the layer's smaller side.

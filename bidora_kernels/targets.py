@@ -172,7 +172,8 @@ def plan(model: nn.Module, config: DoraConfig) -> Plan:
         if isinstance(module, FusedDoraLinear):
             raise ValueError(f"the model has DoRA layers already ({name}): a layer holds one adapter")
         if type(module).__module__.startswith("peft."):
-            raise ValueError(f"the model was wrapped by PEFT already ({name}): use accelerate_peft for it")
+            way = "take the model without its wrapper, or save its adapter and use load_adapter"
+            raise ValueError(f"the model was wrapped by PEFT already ({name}): {way}")
     if config.target_modules is None and not config.fused_slices:
         raise ValueError('target_modules must be given: a list of names, a regular expression or "all-linear"')
     heads = head_modules(model, config)

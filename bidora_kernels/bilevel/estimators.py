@@ -79,7 +79,7 @@ class CentralDifference(Estimator):
     Passes: two more over the train batch, of the magnitudes' gradient only. Memory: w and a second copy of the directions; no
     graph is kept between passes. Error O(e^2); e |w| is the radius. `at`: around the directions "before" the lower step, as the
     paper writes, or "after" it, as its code and Betty do. `relative_radius`: the radius as a fraction of the directions' length;
-    None takes it from the compute dtype (fp32 3.4e-4, as tf32, bf16 and fp16 5e-3). To be taken where a one-sided difference is
+    None takes it from the compute dtype (fp32 3.4e-4; tf32, bf16 and fp16 5e-3). To be taken where a one-sided difference is
     too coarse: 16-bit passes, strong curvature.
     """
 

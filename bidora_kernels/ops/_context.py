@@ -120,6 +120,10 @@ def pass_mode(
 ) -> Iterator[PassMode]:
     """Set what the operations called inside compute; arguments left at None are inherited from an enclosing `pass_mode`.
 
+    needs: groups that receive gradients, a subset of {"direction", "magnitude"}. differentiate_norm: overrides `detach_norm`.
+    backend: one by name, checked where an operation needs it. precise: 16-bit layers compute their base output in fp32. reuse:
+    how many passes run with the same parameters. point: where the directions are, as `BilevelOptimizer` gives it.
+
     The mode covers the forward and the backward of a pass. A segment under activation checkpointing runs its forward again
     inside backward, perhaps on another thread; the layers of this library then use the mode of their first forward. A thread that
     is started inside (`nn.DataParallel` starts some) begins with the default mode.

@@ -120,6 +120,8 @@ class BilevelOptimizer:
             try:
                 self._compute(result, watch, undo, loss_fn, train_batch, val_batch if with_upper else None, keep=True)
                 stats = self._finish(result, watch)
+                self._advice.after(stats, result.signal, self.estimator)  # a warning may be an error
+                self._tell_scaler(finite=True)
             except NonFinitePass as error:
                 undo.restore(passes=False)
                 self._tell_scaler(finite=False)
@@ -130,7 +132,6 @@ class BilevelOptimizer:
             raise
         self._steps += 1
         self._left = result.left
-        self._advice.after(stats, result.signal, self.estimator)
         return stats
 
     def hypergradient(self, loss_fn: LossFunction, train_batch: Any, val_batch: Any, *, terms: bool = False) -> Any:
@@ -300,7 +301,7 @@ class BilevelOptimizer:
         return add(direct, second_order), False
 
     def _finish(self, result: Hypergradient, watch: Stopwatch) -> StepStats:
-        """The upper update, the schedulers and the scaler."""
+        """The upper update and the schedulers."""
         capped = None
         if result.direct is not None:
             direct, second_order = self._terms(result)
@@ -315,7 +316,6 @@ class BilevelOptimizer:
             _step(self.upper, self._magnitude.parameters)
         else:
             stats = step_stats(result, watch, self._magnitude)
-        self._tell_scaler(finite=True)
         if self.lower_scheduler is not None:
             self.lower_scheduler.step()
         if self.upper_scheduler is not None and result.direct is not None:

@@ -34,10 +34,10 @@ UNROLLED = [
 ]  # fmt: skip
 
 
-def solved(model: Quadratic, xi: float) -> tuple[Tensor, Tensor]:
-    """The terms by hand: with v = V - xi (AV - BM) - t, direct = M - s and second-order = xi B'v."""
+def solved(model: Quadratic, xi: float, step: float) -> tuple[Tensor, Tensor]:
+    """The terms by hand: with v = V - step (AV - BM) - t, direct = M - s and second-order = xi B'v."""
     V, M = model.V.detach(), model.M.detach()
-    moved = V - xi * (model.A @ V - model.B @ M)
+    moved = V - step * (model.A @ V - model.B @ M)
     return M - model.s, xi * model.B.T @ (moved - model.t)
 
 
@@ -45,15 +45,51 @@ def solved(model: Quadratic, xi: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("xi", [None, "lr", 0.3])
 @pytest.mark.parametrize("unroll", ["gradient", "optimizer"])
 def test_the_quadratic_problem_is_solved_by_hand(estimator: Any, xi: Any, unroll: str) -> None:
-    model = Quadratic()
-    step = xi if isinstance(xi, float) else 0.05
-    optimizer = toy_optimizer(model, lr=step, estimator=estimator, xi=xi, unroll=unroll)
+    model, lr = Quadratic(), 0.05
+    optimizer = toy_optimizer(model, lr=lr, estimator=estimator, xi=xi, unroll=unroll)
     direct, second = optimizer.hypergradient(toy_loss, "train", "validation", terms=True)
-    wanted_direct, wanted_second = solved(model, step)
+    length = xi if isinstance(xi, float) else lr
+    wanted_direct, wanted_second = solved(model, length, length if unroll == "gradient" else lr)
     assert error(flat(direct), wanted_direct) < 1e-12
     assert error(flat(second), wanted_second) < 1e-6
     total = optimizer.hypergradient(toy_loss, "train", "validation")
     assert error(flat(total), wanted_direct + wanted_second) < 1e-6
+
+
+def mixed_derivative(model: Quadratic, where: Tensor, vector: Tensor) -> Tensor:
+    """d/dM of grad_V L_train(where, M) . vector, by double backward."""
+    twin = type(model)()
+    with torch.no_grad():
+        twin.M.copy_(model.M)
+        twin.left.copy_(where[:4].view(2, 2))
+        twin.right.copy_(where[4:])
+    grads = torch.autograd.grad(twin.loss("train"), twin.lower_parameters, create_graph=True)
+    (found,) = torch.autograd.grad(torch.cat([g.flatten() for g in grads]) @ vector, twin.M)
+    return found
+
+
+@pytest.mark.parametrize("lower", ["SGD", "AdamW"])
+@pytest.mark.parametrize("unroll", ["gradient", "optimizer"])
+@pytest.mark.parametrize("at", ["before", "after"])
+def test_a_difference_is_taken_at_its_place(at: str, unroll: str, lower: str) -> None:
+    """On a curved problem, with xi another number than the learning rate, after steps that have left moments behind."""
+    model, xi = Curved(), 0.3
+    optimizer = toy_optimizer(model, lower, lr=0.05, estimator=bk.CentralDifference(at=at), xi=xi, unroll=unroll)
+    for _ in range(2):
+        optimizer.step(toy_loss, "train", "validation")
+    before = model.V.detach().clone()
+    grads = torch.autograd.grad(model.loss("train"), model.lower_parameters)
+    if unroll == "gradient":
+        after = before - xi * torch.cat([g.flatten() for g in grads])
+    else:
+        moved = functional_step(optimizer.lower, model.lower_parameters, list(grads))
+        after = torch.cat([part.flatten() for part in moved]).detach()
+    where = {"before": before, "after": after}
+    wanted = {name: -xi * mixed_derivative(model, place, after - model.t) for name, place in where.items()}
+    got = second_order(optimizer, toy_loss, "train", "validation")
+    assert error(got, wanted[at]) < 1e-4
+    other = "after" if at == "before" else "before"
+    assert error(got, wanted[other]) > 1e-3
 
 
 def test_a_turned_sign_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +177,9 @@ LOWER: dict[str, tuple[Any, dict[str, Any]]] = {
 
 def functional_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """The optimizer's step in differentiable operations, from its state now."""
-    group, moved = optimizer.param_groups[0], []
+    groups, moved = {id(p): group for group in optimizer.param_groups for p in group["params"]}, []
     for parameter, gradient in zip(parameters, grads, strict=True):
+        group = groups[id(parameter)]
         state, value, g = optimizer.state.get(parameter, {}), parameter.detach(), gradient
         if isinstance(optimizer, torch.optim.SGD):
             g = g + group["weight_decay"] * value
@@ -159,6 +196,29 @@ def functional_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], 
         second = beta2 * state.get("exp_avg_sq", 0) + (1 - beta2) * g * g
         moved.append(value - group["lr"] * (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + group["eps"]))
     return moved
+
+
+@pytest.mark.parametrize("name", list(LOWER))
+@pytest.mark.parametrize("max_norm", [None, 0.7])
+def test_sama_takes_each_groups_settings_and_the_clipped_gradient(name: str, max_norm: float | None) -> None:
+    model = Curved()
+    make, options = LOWER[name]
+    other = {"lr": 0.2, "weight_decay": 0.3} | ({"betas": (0.5, 0.6)} if "dam" in name else {})
+    groups = [{"params": [model.left]}, {"params": [model.right], **other}]
+    optimizer = bk.BilevelOptimizer(
+        model, lower=make(groups, **options), upper=torch.optim.SGD([model.M], lr=0.1),
+        estimator=bk.Sama(bk.CentralDifference(), max_ratio=math.inf), lower_max_norm=max_norm,
+    )  # fmt: skip
+    for _ in range(3):
+        optimizer.step(toy_loss, "train", "validation")
+    grads = torch.autograd.grad(model.loss("train"), model.lower_parameters, create_graph=True)
+    if max_norm is not None:
+        total = torch.cat([g.detach().flatten() for g in grads]).norm()
+        assert total > 2 * max_norm
+        grads = tuple(g * (max_norm / (total + 1e-6)) for g in grads)
+    moved = torch.cat([part.flatten() for part in functional_step(optimizer.lower, model.lower_parameters, list(grads))])
+    (wanted,) = torch.autograd.grad((moved - model.t).square().sum() / 2, model.M)
+    assert error(second_order(optimizer, toy_loss, "train", "validation"), wanted) < 1e-4
 
 
 @pytest.mark.parametrize("warm_steps", [0, 3])

@@ -108,3 +108,4 @@ def test_the_default_radius_on_a_real_encoder(
 
     exact, got = q(copy.deepcopy(model).double(), bk.DoubleBackward(), loss), q(copy.deepcopy(model), estimator, rounded)
     assert float(got @ exact / (got.norm() * exact.norm())) >= cosine
+    assert abs(float(got @ exact / (exact @ exact)) - 1) < 2 * (1 - cosine) + 0.01  # its length along the exact one

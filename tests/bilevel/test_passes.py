@@ -115,3 +115,4 @@ def test_the_default_radius_fits_adapters_of_any_size_and_rank(r: int, size: flo
     for estimator in (bk.CentralDifference(), bk.ForwardDifference()):
         got = q(torch.float32, estimator)
         assert float(got @ exact / (got.norm() * exact.norm())) >= 0.999, estimator
+        assert abs(float(got @ exact / (exact @ exact)) - 1) < 0.02, estimator

@@ -203,6 +203,13 @@ def test_other_calls_go_the_long_way(mode: str, short_ways: list[bool]) -> None:
     with torch.no_grad():
         y = [layer(x), layer(x)][1]
     short_ways.clear()
+    if mode == "point":
+        buffers = FlatParameters([layer.lora_A, layer.lora_B])
+        with torch.no_grad():
+            for _ in range(2):  # the parameters lie elsewhere now
+                layer(x)
+        assert short_ways == [False, True]
+        short_ways.clear()
     if mode == "grad":
         out = layer(x)
         assert out.requires_grad
@@ -228,7 +235,6 @@ def test_other_calls_go_the_long_way(mode: str, short_ways: list[bool]) -> None:
                 dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
                 assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
         elif mode == "point":
-            buffers = FlatParameters([layer.lora_A, layer.lora_B])
             with bk.pass_mode(point=buffers.point()):
                 torch.testing.assert_close(layer(x), y)
         elif mode == "trace":
@@ -339,6 +345,10 @@ def test_under_vmap_over_parameters() -> None:
             layer(x)
         ours = torch.vmap(lambda parameters: torch.func.functional_call(layer, parameters, (x,)))(stacked)
         torch.testing.assert_close(ours[0], layer(x))
+        for value in layer.parameters():
+            value.mul_(2.0)
+        torch.testing.assert_close(ours[1], layer(x))
+        assert not torch.allclose(ours[0], ours[1])
 
 
 def test_a_recomputed_segment_has_its_own_passs_mode() -> None:

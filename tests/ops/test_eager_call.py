@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -64,9 +65,11 @@ def test_without_gradients_nothing_is_kept() -> None:
     call = draw(32)
     with torch.no_grad():
         y = _output(call, _leaves(call))
-    assert y.grad_fn is None
+    expected, storage = y.clone(), StorageWeakRef(y.untyped_storage())
+    del y
+    assert storage.expired()
     with torch.inference_mode():
-        assert torch.equal(_output(call, _leaves(call)), y)
+        assert torch.equal(_output(call, _leaves(call)), expected)
 
 
 def test_the_output_that_the_backward_reads_goes_through_the_hooks_of_saved_tensors() -> None:
@@ -95,7 +98,18 @@ def test_checkpointing_keeps_no_output(use_reentrant: bool) -> None:
     call = draw(34, tokens=(40,))
     leaves, again = _leaves(call), _leaves(call)
     _output(call, leaves).backward(call.grad)
-    checkpoint(lambda *tensors: _output(call, list(tensors)), *again, use_reentrant=use_reentrant).backward(call.grad)
+    outputs, runs = [], []
+
+    def segment(*tensors: torch.Tensor) -> torch.Tensor:
+        runs.append(1)
+        y = _output(call, list(tensors))
+        outputs.append(StorageWeakRef(y.untyped_storage()))
+        return y * 1.0
+
+    y = checkpoint(segment, *again, use_reentrant=use_reentrant)
+    assert outputs[0].expired()
+    y.backward(call.grad)
+    assert len(runs) == 2
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(leaves, again, strict=True))
 
 

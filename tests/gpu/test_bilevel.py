@@ -1,0 +1,88 @@
+"""A bilevel step on a GPU: the device's generator, its GradScaler, the kernels in the passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bidora_kernels as bk
+from tests.bilevel.problems import TRAIN, VALIDATION, bert_loss, bert_optimizer, error, flat, second_order, small_bert
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA or AMD GPU")]
+DEVICE = "cuda"
+
+
+def on_device(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(DEVICE) for tensor in batch)
+
+
+@pytest.mark.parametrize(("estimator", "tolerance"), [(bk.CentralDifference(), 1e-4), (bk.ForwardDifference(), 2e-2)], ids=repr)
+def test_dropout_masks_of_a_difference_are_paired(estimator: Any, tolerance: float) -> None:
+    """They come from the device's generator; unpaired, the difference would be noise."""
+    results = []
+    for chosen in (bk.DoubleBackward(), estimator):
+        torch.manual_seed(5)
+        optimizer = bert_optimizer(small_bert(0.2, 0.2).to(DEVICE), estimator=chosen, xi=1.0, unroll="gradient")
+        with bk.use_backend("reference"):  # the kernels serve no fp64
+            results.append(second_order(optimizer, bert_loss, on_device(TRAIN), on_device(VALIDATION)))
+    assert error(results[1], results[0]) < tolerance
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_a_step_that_fails_puts_the_devices_generator_back(failing: int) -> None:
+    optimizer = bert_optimizer(small_bert(0.2, 0.2).to(DEVICE), estimator=bk.Sama())
+    parameters = [p for group in bk.split_parameters(optimizer.model) for p in group]
+    before = [p.detach().clone() for p in parameters], torch.get_device_module(DEVICE).get_rng_state()
+    calls = 0
+
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = bert_loss(model, batch)
+        if calls == failing + 1:
+            raise RuntimeError("broken")
+        return loss
+
+    with pytest.raises(RuntimeError, match="broken"), bk.use_backend("reference"):
+        optimizer.step(broken, on_device(TRAIN), on_device(VALIDATION))
+    assert torch.equal(torch.get_device_module(DEVICE).get_rng_state(), before[1])
+    assert all(torch.equal(p, old) for p, old in zip(parameters, before[0], strict=True))
+
+
+def test_a_grad_scaler_backs_off_until_fp16_passes_are_finite() -> None:
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**40)
+    optimizer = bert_optimizer(small_bert(dtype=torch.float32).to(DEVICE), estimator=bk.Sama(), grad_scaler=scaler)
+    parameters = [p for group in bk.split_parameters(optimizer.model) for p in group]
+
+    def half(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast(DEVICE, torch.float16):
+            return bert_loss(model, batch)
+
+    skipped = 0
+    for _ in range(40):
+        before, scale = [p.detach().clone() for p in parameters], scaler.get_scale()
+        stats = optimizer.step(half, on_device(TRAIN), on_device(VALIDATION))
+        same = all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+        assert same == (stats.skipped is not None)
+        if stats.skipped is None:
+            break
+        assert scaler.get_scale() == scale / 2
+        skipped += 1
+    assert 0 < skipped < 40
+
+
+@pytest.mark.parametrize("estimator", [bk.CentralDifference(), bk.ForwardDifference()], ids=repr)
+def test_the_second_order_term_of_the_kernels(estimator: Any) -> None:
+    """In fp32, against double backward in fp64; a small xi, so that both take the validation gradient at the same place."""
+    found = []
+    for chosen, dtype, backend in ((bk.DoubleBackward(), torch.float64, "reference"), (estimator, torch.float32, "triton")):
+        optimizer = bert_optimizer(small_bert(dtype=dtype).to(DEVICE), estimator=chosen, xi=1e-6, unroll="gradient")
+        with bk.use_backend(backend):
+            terms = optimizer.hypergradient(bert_loss, on_device(TRAIN), on_device(VALIDATION), terms=True)
+        found.append(flat(terms[1]).double())
+    exact, got = found
+    assert float(got @ exact / (got.norm() * exact.norm())) > 0.999
+    assert abs(float(got @ exact / (exact @ exact)) - 1) < 0.02

@@ -57,7 +57,7 @@ def made_by_intel() -> bool:
 def onednn_is_faster() -> bool:
     """Whether oneDNN multiplies fp32 matrices faster than MKL, torch's library for them, does on this processor.
 
-    MKL takes its AVX-512 kernels on Intel's processors alone. On a Zen 4 oneDNN needs 0.8 to 0.9 of its time.
+    MKL takes its AVX-512 kernels on Intel's processors alone. On a Zen 4 oneDNN needs 0.8 to 0.95 of its time.
     """
     if instruction_set() != "avx512" or made_by_intel():
         return False

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adapter_folder import CONFIG_FILE, WEIGHTS_FILE, read_config, read_tensors, write_files
 from .config import DoraConfig
 from .fused_slices import FusedDoraSlices
-from .modules import FusedDoraConv1D, FusedDoraLinear
+from .modules import FusedDoraConv1D, FusedDoraLinear, scaling_of
 from .ops._checks import FLOATS
 from .targets import CONFIG_ATTRIBUTE, dora_layers, head_modules, layer_shapes, plan, replace, unwrap, why_not
 
@@ -149,7 +149,7 @@ def _describe(model: nn.Module, layers: dict[str, FusedDoraLinear]) -> DoraConfi
     if "" in layers:
         raise ValueError("the model is a DoRA layer itself, which has no name: an adapter's file needs a model that holds it")
     for name, layer in layers.items():
-        usual = layer.lora_alpha / (layer.r**0.5 if layer.use_rslora else layer.r)
+        usual = scaling_of(layer.lora_alpha, layer.r, layer.use_rslora)
         if not math.isclose(layer.scaling, usual, rel_tol=1e-6):
             raise ValueError(
                 f"{name}.scaling is {layer.scaling:g} where its lora_alpha and r say {usual:g}; a file holds only those"

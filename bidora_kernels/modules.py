@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,12 @@ from .ops import cost_model, quantized
 from .ops.parameter_state import ParameterState, is_counted
 
 NORM_CEILING = 1e18  # above it the sum of squares overflows fp32
+_Kept = TypeVar("_Kept")
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 class FusedDoraLinear(nn.Module):
@@ -81,7 +87,7 @@ class FusedDoraLinear(nn.Module):
             )
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.detach_norm = use_rslora, detach_norm
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling = scaling_of(lora_alpha, r, use_rslora)
         for frozen in (weight, bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
@@ -217,16 +223,25 @@ class FusedDoraLinear(nn.Module):
         dtype = reference.matmul_dtype(x, self.weight, context.current_mode().precise)
         if not self.plan(x.numel() // max(1, self.in_features), dtype).kept:
             return None, None
-        sources = self.weight, self.lora_A, self.lora_B, self.magnitude
-        if not is_counted(sources) or functional.is_captured(self.weight):
-            return None, None
-        kept = self._merged_cache  # another thread may clear or replace it
-        if kept is None or not kept[1].is_current(sources, self.scaling, dtype):
+
+        def merged() -> tuple[Tensor, Tensor]:
             weight, lora_A, lora_B, scaling = self.direction_terms()
-            state = ParameterState(sources, scaling, dtype)  # before it is computed: a write in between makes it outdated
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                kept = functional.kept_merged(weight, lora_A, lora_B, self.magnitude, scaling, dtype), state
-                self._merged_cache = kept
+            with torch.autocast(x.device.type, enabled=False):
+                return functional.kept_merged(weight, lora_A, lora_B, self.magnitude, scaling, dtype)
+
+        sources = self.weight, self.lora_A, self.lora_B, self.magnitude
+        return self._kept("_merged_cache", merged, sources, dtype) or (None, None)
+
+    def _kept(self, name: str, compute: Callable[[], _Kept], sources: tuple[Tensor, ...], *plain: Any) -> _Kept | None:
+        """What `compute` gives, once per state of the parameters that it reads; None where it may not be kept."""
+        if not is_counted(sources) or functional.is_captured(self.weight):
+            return None
+        kept: tuple[_Kept, ParameterState] | None = getattr(self, name)  # another thread may clear or replace it
+        if kept is None or not kept[1].is_current(sources, self.scaling, *plain):
+            state = ParameterState(sources, self.scaling, *plain)  # before it is computed: a write in between makes it outdated
+            with torch.inference_mode(False), torch.no_grad():
+                kept = compute(), state
+            setattr(self, name, kept)
         return kept[0]
 
     def _merged_forward(self, x: Tensor) -> Tensor:
@@ -241,14 +256,7 @@ class FusedDoraLinear(nn.Module):
         if not self._norm_is_constant():
             return None
         sources = self.weight, self.lora_A, self.lora_B
-        if not is_counted(sources) or functional.is_captured(self.weight):
-            return None
-        kept = self._norm_cache  # another thread may clear or replace it
-        if kept is None or not kept[1].is_current(sources, self.scaling):
-            state = ParameterState(sources, self.scaling)  # before it is computed: a write in between makes it outdated
-            with torch.inference_mode(False), torch.no_grad():
-                self._norm_cache = kept = functional.weight_norm(*self._stored_terms()), state
-        return kept[0]
+        return self._kept("_norm_cache", lambda: functional.weight_norm(*self._stored_terms()), sources)
 
     def _prepared_decode(self, norm: Tensor | None) -> functional.Decode | None:
         """What later calls with few tokens take instead of the way through here, where there is such a thing."""

@@ -62,14 +62,15 @@ def features(module: Any) -> tuple[int, int]:
 
 def fused_name(config: DoraConfig, name: str) -> str | None:
     """The key of `fused_slices` that names this module, or None."""
-    return next((key for key in config.fused_slices or {} if _named(name, [key])), None)
+    return next((key for key in config.fused_slices or {} if is_named(name, [key])), None)
 
 
 def _slices(config: DoraConfig, name: str) -> list[str]:
     return (config.fused_slices or {})[fused_name(config, name) or ""]
 
 
-def _named(name: str, names: list[str] | str | None) -> bool:
+def is_named(name: str, names: list[str] | str | None) -> bool:
+    """Whether a module's name is among names or ends in one, or matches a regular expression as a whole."""
     if not names:
         return False
     if isinstance(names, str):
@@ -151,13 +152,13 @@ def head_modules(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
 
 def why_not(config: DoraConfig, name: str, heads: Iterable[str]) -> str | None:
     """Why the configuration leaves the module of this name alone, or None where it names it ("all-linear" names every one)."""
-    if _named(name, config.exclude_modules):
+    if is_named(name, config.exclude_modules):
         return "in exclude_modules"
     if _in_heads(name, config, heads):
         return "in modules_to_save"
     if fused_name(config, name) is not None or names_all_linear(config):
         return None
-    if not _named(name, config.target_modules):
+    if not is_named(name, config.target_modules):
         return NOT_NAMED
     if not isinstance(config.target_modules, str) and name not in (config.target_modules or []):
         return None if _layer_index_matches(config, name) else "not in layers_to_transform"
@@ -202,7 +203,7 @@ def plan(model: nn.Module, config: DoraConfig) -> Plan:
     if not planned.targets:
         raise ValueError(_no_match(config, modules, planned.skipped))
     for key in config.fused_slices or {}:
-        if not any(_named(name, [key]) for name in planned.targets):
+        if not any(is_named(name, [key]) for name in planned.targets):
             raise ValueError(f"fused_slices matches no module: {_nearest([key], _linear_names(modules))}")
     _skip_shared(model, modules, planned)
     _note_unmatched(modules, planned)
@@ -213,7 +214,7 @@ def _note_unmatched(modules: dict[str, nn.Module], planned: Plan) -> None:
     """Note the names of a list that match nothing, which PEFT passes over as long as another one matches."""
     targets = planned.config.target_modules
     for name in targets if isinstance(targets, list) else []:
-        if not any(_named(existing, [name]) for existing in modules):
+        if not any(is_named(existing, [name]) for existing in modules):
             planned.skipped[name] = "in target_modules, but the model has no such module"
     for end in planned.config.modules_to_save or []:
         if not any(name.endswith(end) for name in planned.heads):
@@ -251,7 +252,7 @@ def _no_match(config: DoraConfig, modules: dict[str, nn.Module], skipped: dict[s
     wanted = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules or [])
     wanted += config.fused_slices or []
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-    named = [name for name in skipped if everything or _named(name, config.target_modules)]
+    named = [name for name in skipped if everything or is_named(name, config.target_modules)]
     left_out = [f"{name}: {skipped[name]}" for name in named if skipped[name] != NOT_NAMED]
     if left_out:
         return f"target_modules={config.target_modules!r} leaves no layer to adapt: {'; '.join(left_out[:3])}"
@@ -264,13 +265,14 @@ def _linear_names(modules: dict[str, nn.Module]) -> list[str]:
 
 def _nearest(wanted: list[str], names: list[str]) -> str:
     """Each wanted name with the nearest ones that exist: last parts of names first, else full names."""
-    lasts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    lasts = [last for last in lasts if not last.isdigit()]
-    texts = []
-    for name in wanted[:5]:
-        near = difflib.get_close_matches(name, names if "." in name else lasts, n=3, cutoff=0.0)
-        texts.append(f"{name!r} (nearest: {', '.join(near) if near else 'the model has no linear layers'})")
-    return ", ".join(texts)
+    return ", ".join(f"{name!r} (nearest: {nearest(name, names) or 'the model has no linear layers'})" for name in wanted[:5])
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str:
+    """The three nearest of some modules' names, "" for none: by their last parts, or whole where a whole one is wanted."""
+    lasts = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    near = names if "." in wanted else [last for last in lasts if not last.isdigit()]
+    return ", ".join(difflib.get_close_matches(wanted, list(near), n=3, cutoff=0.0))
 
 
 def replace(model: nn.Module, planned: Plan) -> None:

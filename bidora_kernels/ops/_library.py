@@ -96,17 +96,6 @@ def is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def kept_output(y: Tensor) -> tuple[Tensor, int]:
-    """An output that goes to the caller, to be kept beside its version: an alias, or a copy where a write would not show."""
-    kept = y.detach() if output_is_watched() else y.detach().clone()
-    return kept, kept._version
-
-
-def still_kept(y: Tensor, version: int) -> Tensor | None:
-    """What `kept_output` kept, or None where the caller has overwritten it or freed its memory."""
-    return y if y._version == version and (y.untyped_storage().nbytes() > 0 or y.numel() == 0) else None
-
-
 _default_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 

@@ -187,8 +187,9 @@ class _Keep(torch.autograd.Function):
 
 def kept_output(y: Tensor) -> Any:
     """y for `saved_output`. The caller may overwrite it (an activation in place): then the backward computes it again."""
-    if not library.saves_through_hooks():
-        return library.kept_output(y)
+    if not library.saves_through_hooks():  # an alias, or a copy where a write would not show in its version
+        alias = y.detach() if library.output_is_watched() else y.detach().clone()
+        return alias, alias._version
     with torch.enable_grad():
         # a copy: hooks that keep the tensor itself would hand back what the caller has overwritten, unnoticed
         return _Keep.apply(torch.empty(0, requires_grad=True, device="cpu"), y.detach().clone()).grad_fn
@@ -229,7 +230,9 @@ def saved_output(ctx: Any) -> Tensor | None:
     if output is None:
         return None
     if isinstance(output, tuple):
-        return library.still_kept(*output)
+        y, version = output
+        freed = y.untyped_storage().nbytes() == 0 and y.numel() > 0
+        return y if y._version == version and not freed else None
     try:
         return output.saved_tensors[0]
     except RuntimeError as error:

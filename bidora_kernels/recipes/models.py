@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import importlib.metadata
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import DoraConfig, apply_dora, load_adapter, merge_and_unload, save_adapter
 from ..modules import FusedDoraLinear
+from ..targets import is_named, nearest
 from . import UserError, quiet_hub, require
 from .presets import MINILM
 from .runs import RunFolder, write_atomically
@@ -177,22 +178,18 @@ def _check_targets(model: nn.Module, names: tuple[str, ...] | str) -> None:
     if isinstance(names, str):
         return
 
-    def has(wanted: str, found: Iterable[str]) -> bool:
-        return any(name == wanted or name.endswith(f".{wanted}") for name in found)
-
     modules = dict(model.named_modules())
     adapted = [name for name, module in modules.items() if hasattr(module, "lora_A")]
     for wanted in names:
-        if has(wanted, adapted):
+        if any(is_named(name, [wanted]) for name in adapted):
             continue
-        if has(wanted, modules):
+        if any(is_named(name, [wanted]) for name in modules):
             raise UserError(
                 f"{wanted!r} of target_modules is not adapted: a head trains whole, and other kinds of layers cannot be"
             )
-        known = {name.rpartition(".")[2] for name in adapted} | {
-            name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear) and "lora" not in name
-        }
-        near = ", ".join(difflib.get_close_matches(wanted, sorted(known - {"base_layer", "default"}), n=3, cutoff=0.0))
+        inside = re.compile(r"\.(base_layer|lora_\w+)\b")  # of PEFT's layers
+        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear) and not inside.search(name)]
+        near = nearest(wanted, [*adapted, *linear])
         raise UserError(f"no layer is called {wanted!r}, which target_modules names (nearest: {near})")
 
 

@@ -258,7 +258,7 @@ def _any_hub(name: str) -> TaskSource:
         if "train" not in data or test is None:
             raise UserError(f"{name} must have the splits train and test (or validation) with labels, got {', '.join(data)}")
         features = data["train"].features
-        labels = [column for column, feature in features.items() if hasattr(feature, "names")]
+        labels = _class_columns(features)
         texts = [column for column, feature in features.items() if getattr(feature, "dtype", None) in ("string", "large_string")]
         if len(labels) != 1 or not 1 <= len(texts) <= 2:
             raise UserError(f"{name} must have one class label and one or two text columns, got {', '.join(features)}")
@@ -268,9 +268,12 @@ def _any_hub(name: str) -> TaskSource:
     return TaskSource("accuracy", "the hub", load)
 
 
+def _class_columns(features: Any) -> list[str]:
+    return [column for column, feature in features.items() if hasattr(feature, "names")]
+
+
 def _is_labeled(split: Any) -> bool:
-    labels = [column for column, feature in split.features.items() if hasattr(feature, "names")]
-    return not any(label == -1 for column in labels for label in split[column])
+    return not any(label == -1 for column in _class_columns(split.features) for label in split[column])
 
 
 _HUB = "the hub (nyu-mll/glue)"

@@ -101,6 +101,15 @@ def bert_optimizer(model: nn.Module, lower: Any = torch.optim.AdamW, lr: float =
     )  # fmt: skip
 
 
+def scheduled(model: nn.Module, **options: Any) -> bk.BilevelOptimizer:
+    direction, magnitude = bk.split_parameters(model)
+    lower, upper = torch.optim.AdamW(direction, lr=1e-2), torch.optim.AdamW(magnitude, lr=1e-2)
+    return bk.BilevelOptimizer(
+        model, lower=lower, upper=upper, lower_scheduler=torch.optim.lr_scheduler.ExponentialLR(lower, 0.9),
+        upper_scheduler=torch.optim.lr_scheduler.ExponentialLR(upper, 0.8), **options,
+    )  # fmt: skip
+
+
 def second_order(optimizer: bk.BilevelOptimizer, loss_fn: Any, train: Any, validation: Any) -> Tensor:
     return flat(optimizer.hypergradient(loss_fn, train, validation, terms=True)[1])
 

@@ -23,6 +23,7 @@ from .problems import (
     error,
     everything,
     flat,
+    scheduled,
     small_bert,
     toy_loss,
     toy_optimizer,
@@ -33,15 +34,6 @@ ESTIMATORS = [
     bk.ForwardDifference(), bk.ForwardMode(), bk.DoubleBackward(), bk.Sama(), bk.Neumann(terms=2, step=1e-3),
     bk.ConjugateGradient(iterations=2, damping=1.0),
 ]  # fmt: skip
-
-
-def scheduled(model: nn.Module, **options: Any) -> bk.BilevelOptimizer:
-    direction, magnitude = bk.split_parameters(model)
-    lower, upper = torch.optim.AdamW(direction, lr=1e-2), torch.optim.AdamW(magnitude, lr=1e-2)
-    return bk.BilevelOptimizer(
-        model, lower=lower, upper=upper, lower_scheduler=torch.optim.lr_scheduler.ExponentialLR(lower, 0.9),
-        upper_scheduler=torch.optim.lr_scheduler.ExponentialLR(upper, 0.8), **options,
-    )  # fmt: skip
 
 
 class Broken(Exception):
@@ -284,69 +276,6 @@ def test_a_replaced_storage_is_noticed() -> None:
 
 
 # scaling, checkpointing, dtypes ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("estimator", [bk.CentralDifference(), bk.Sama()], ids=repr)
-def test_a_grad_scaler_changes_no_number_and_skips_non_finite_steps(estimator: Any) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    plain, scaled = (bert_optimizer(small_bert(), estimator=estimator, grad_scaler=s) for s in (None, scaler))
-    for optimizer in (plain, scaled):
-        for _ in range(2):
-            optimizer.step(bert_loss, TRAIN, VALIDATION)
-    assert_same(
-        [p.detach() for group in bk.split_parameters(plain.model) for p in group],
-        [p.detach() for group in bk.split_parameters(scaled.model) for p in group],
-    )
-    for failing_pass in range(3):
-        before, scale, calls = everything(scaled)[:-1], scaler.get_scale(), 0
-
-        def overflowing(model: nn.Module, batch: Any, failing: int = failing_pass) -> Tensor:
-            nonlocal calls
-            calls += 1
-            loss = bert_loss(model, batch)
-            return loss * float("inf") if calls == failing + 1 else loss
-
-        stats = scaled.step(overflowing, TRAIN, VALIDATION)
-        assert stats.skipped is not None
-        assert "not finite" in stats.skipped
-        assert scaler.get_scale() == scale / 2
-        assert_same(everything(scaled)[:-1], before)
-    assert scaled.step(bert_loss, TRAIN, VALIDATION).skipped is None
-
-
-@pytest.mark.parametrize("failing", range(4))
-def test_a_skipped_step_keeps_its_random_numbers_and_no_schedule(failing: int) -> None:
-    """Random numbers stay where the finished passes left them; schedules, counts and parameters are as before."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    optimizer = scheduled(small_bert(dropout=0.1), estimator=bk.CentralDifference(), grad_scaler=scaler, upper_every=2)
-    before, random, calls = everything(optimizer)[:-1], torch.get_rng_state(), 0
-
-    def overflowing(model: nn.Module, batch: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return bert_loss(model, batch) * (float("inf") if calls == failing + 1 else 1.0)
-
-    assert optimizer.step(overflowing, TRAIN, VALIDATION).skipped is not None
-    assert calls == failing + 1
-    assert torch.equal(torch.get_rng_state(), random) == (failing == 0)  # the passes that were finished have moved them
-    torch.set_rng_state(random)
-    assert_same(everything(optimizer)[:-1], before)
-    assert optimizer.needs_validation
-    assert scaler.get_scale() == 2.0**9
-    for _ in range(2):
-        assert optimizer.step(bert_loss, TRAIN, VALIDATION).skipped is None
-    assert scaler.get_scale() == 2.0**10
-
-
-def test_what_fails_at_the_end_of_a_step_leaves_the_scaler_alone() -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
-    optimizer = scheduled(small_bert(), grad_scaler=scaler)
-    before = everything(optimizer)
-    optimizer.upper_scheduler.step = lambda: (_ for _ in ()).throw(Broken)
-    with pytest.raises(Broken):
-        optimizer.step(bert_loss, TRAIN, VALIDATION)
-    del optimizer.upper_scheduler.step
-    assert_same(everything(optimizer), before)
 
 
 def test_a_warning_that_is_an_error_changes_nothing() -> None:

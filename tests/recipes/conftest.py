@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="the extra [train] is not installed")
 
@@ -23,6 +26,12 @@ def write_rows(path: Path, counts: dict[str, int], seed: int) -> None:
             lines.append(f"{label}\t{' '.join(words)}")
     rng.shuffle(lines)
     path.write_text("\n".join(lines) + "\n")
+
+
+def change_weights(folder: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Write `change(name, value)` over each weight of a saved model."""
+    weights = folder / "model.safetensors"
+    save_file({name: change(name, value) for name, value in load_file(weights).items()}, weights, {"format": "pt"})
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from bidora_kernels.recipes import UserError
 from bidora_kernels.recipes.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
@@ -23,6 +22,8 @@ from bidora_kernels.recipes.progress import Silent
 from bidora_kernels.recipes.runs import MetricsWriter, RunFolder, write_atomically
 from bidora_kernels.recipes.settings import TrainSettings
 from bidora_kernels.recipes.train import Interrupted, resume, train
+
+from .conftest import change_weights
 
 STEPS = {"search": 12, "retrain": 9}
 
@@ -222,11 +223,7 @@ def test_resume_refuses_what_does_not_fit(settings: dict[str, Any], tiny_data: P
     (data / "test.tsv").write_text((tiny_data / "test.tsv").read_text())
     weights = base / "model.safetensors"
     original = weights.read_bytes()
-    save_file(
-        {name: value + 1e-3 if "query" in name else value for name, value in load_file(weights).items()},
-        weights,
-        {"format": "pt"},
-    )
+    change_weights(base, lambda name, value: value + 1e-3 if "query" in name else value)
     with pytest.raises(UserError, match=f"the weights of {base} differ from those that {run.path} was trained on"):
         resume(run.path)
     weights.write_bytes(original)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from bidora_kernels.bilevel.sama import kappa
 from bidora_kernels.recipes import UserError
@@ -19,6 +19,8 @@ from bidora_kernels.recipes.results import closing_lines, compare, comparison_li
 from bidora_kernels.recipes.runs import METRIC_FIELDS, RunFolder
 from bidora_kernels.recipes.settings import TrainSettings
 from bidora_kernels.recipes.train import NonFinite, Training, train
+
+from .conftest import change_weights
 
 TINY: dict[str, Any] = {
     "task": "tsv", "steps": 10, "retrain_steps": 6, "batch_size": 8, "max_length": 16, "lr": 1e-2, "upper_lr": 1e-2,
@@ -161,11 +163,7 @@ def test_a_16_bit_checkpoint_trains_in_fp32(
     shutil.copytree(tiny_model, base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
-    save_file(
-        {name: value.to(dtype) for name, value in load_file(base / "model.safetensors").items()},
-        base / "model.safetensors",
-        {"format": "pt"},
-    )
+    change_weights(base, lambda name, value: value.to(dtype))
     for precision in ("fp32", "bf16"):
         train(settings(method=method, model=str(base), steps=2, retrain_steps=0, precision=precision), tmp_path / precision)
     run = RunFolder(tmp_path / "fp32")
@@ -225,10 +223,7 @@ def test_a_base_that_changed_is_not_predicted_with(settings: Any, tiny_model: Pa
     base = tmp_path / "base"
     shutil.copytree(tiny_model, base)
     train(settings(model=str(base), steps=2, retrain_steps=0), tmp_path / "run")
-    weights = base / "model.safetensors"
-    save_file(
-        {name: value * 2 if "value" in name else value for name, value in load_file(weights).items()}, weights, {"format": "pt"}
-    )
+    change_weights(base, lambda name, value: value * 2 if "value" in name else value)
     with pytest.raises(UserError, match="differ from those that"):
         predict(tmp_path / "run", ["wheat"])
 

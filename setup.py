@@ -86,9 +86,8 @@ def options() -> dict[str, object]:
         print(f"bidora-kernels installs without its native CPU library: {reason}")
         return {}
     depends = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h", ".md"})
-    extension = Extension(
-        "bidora_kernels._native", sources=["csrc/layer.cpp", "csrc/product.cpp", "csrc/registration.cpp"], depends=depends
-    )
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    extension = Extension("bidora_kernels._native", sources=sources, depends=depends)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 

@@ -178,6 +178,14 @@ def dora_linear_backward(
     )  # fmt: skip
 
 
+def nonzero_rows(t: Tensor) -> Tensor:
+    """The indices of the rows of [..., columns] that hold anything but zeros, int64, ascending. A NaN is no zero.
+
+    `t` is contiguous, or a matrix with contiguous rows.
+    """
+    return torch.ops.bidora_native.nonzero_rows.default(t)  # type: ignore[no-any-return]
+
+
 def adapter_gradients(
     x: Tensor,
     grad_output: Tensor,

@@ -12,13 +12,6 @@ constexpr int64_t kBlockElements = 98304;            // of x and g that a core's
 constexpr int64_t kTile = 16;                        // rows that a transposition takes together
 constexpr int64_t kPartialBytes = int64_t(4) << 20;  // of a backward's partial sums, at most
 
-// The number of rows of a tensor [..., columns]
-int64_t rows_of(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return rows;
-}
-
 template <typename T>
 int64_t adapter_gradients_of(
     const Tensor& x, const Tensor& g, const std::optional<Tensor>& y, const Tensor& lora_A, const Tensor& lora_B,

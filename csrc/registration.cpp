@@ -245,6 +245,7 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
   m.def(
       "few_tokens(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scale, Tensor? bias, float scaling, "
       "Tensor(a!) out) -> ()");
+  m.def("nonzero_rows(Tensor t) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bidora_native, CompositeExplicitAutograd, m) {  // no tensor says which device
@@ -261,4 +262,5 @@ STABLE_TORCH_LIBRARY_IMPL(bidora_native, CPU, m) {
   m.impl("direction_backward", TORCH_BOX(&bidora::direction_backward));
   m.impl("compose", TORCH_BOX(&bidora::compose));
   m.impl("few_tokens", TORCH_BOX(&bidora::few_tokens));
+  m.impl("nonzero_rows", TORCH_BOX(&bidora::nonzero_rows));
 }

@@ -33,6 +33,13 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
 
 inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, " must be on cpu"); }
 
+// The number of rows of a tensor [..., columns]
+inline int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
 // [rows, columns] with contiguous rows, or a contiguous [..., columns] of so many rows
 inline Matrix matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
   check_cpu(t, name);

@@ -8,6 +8,9 @@ Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16
 and inputs are not rounded to the product dtype. But where the processor has bf16 instructions, which multiply four times as fast,
 a bf16 pass takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout, precise passes and the forward that one
 kernel does for few tokens stay in fp32. Which library multiplies in fp32 is `native.product`'s choice.
+
+A token whose output has no gradient adds nothing to any gradient, and a backward pass leaves it out: padding, and in the last
+layers what nothing reads there, the tokens beside the one that a classifier looks at or a prompt that is not trained on.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from ._library import as_dtype, flatten, rows
 from ._workspace import rows_per_block, workspace
 
 FEW_TOKENS = 16
+SKIPS_FROM = 1 << 25  # multiply-adds of a layer's product from which tokens without a gradient are looked for
+SKIPPED_SHARE = 0.25  # of the tokens: from there on gathering the others costs less than it saves
 LIBRARY_RANK = 32  # from here on the library's products form the gradients of lora_A and lora_B
 
 
@@ -97,6 +102,15 @@ def kept_dtype(
     """
     dtype = reference.norm_dtype(weight)
     return dtype if keeps and (dropped or (precise and out_dtype != dtype)) else None
+
+
+def tokens_with_gradient(grad_output: Tensor, weight: Tensor) -> Tensor | None:
+    """The tokens whose output has a gradient, where so many have none that a backward pass of those alone is cheaper."""
+    tokens = grad_output.numel() // max(1, weight.shape[0])
+    if tokens <= FEW_TOKENS or tokens * weight.numel() < SKIPS_FROM:
+        return None
+    found = native.nonzero_rows(grad_output)
+    return found if found.numel() <= (1 - SKIPPED_SHARE) * tokens else None
 
 
 class Layer:
@@ -246,6 +260,17 @@ def backward(
     `x` is the input of the low-rank branch (with dropout: x_dropped), `kept` is y or what the forward kept beyond it. The
     gradients of x are [tokens, in] or of its shape.
     """
+    if not grad_output.is_contiguous():
+        grad_output = rows(flatten(grad_output))
+    chosen = tokens_with_gradient(grad_output, weight)
+    if chosen is not None:
+        tokens = grad_output.numel() // weight.shape[0]
+        grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = backward(
+            _picked(grad_output, chosen), _picked(x, chosen), weight, lora_A, lora_B, magnitude, norm, bias,
+            None if kept is None else _picked(kept, chosen), scaling, dropped, needs_x, needs_dropped, needs_direction,
+            needs_magnitude, differentiate_norm, product_dtype,
+        )  # fmt: skip
+        return _put_back(grad_x, chosen, tokens), _put_back(grad_dropped, chosen, tokens), grad_A, grad_B, grad_magnitude
     through_norm = needs_direction and differentiate_norm
     needs_output = needs_magnitude or through_norm
     by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
@@ -299,6 +324,16 @@ def backward(
             scaled = g * reference.row_scale(layer.magnitude, norm)
             grad_x = native.product(scaled, weight.t()).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
     return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude if needs_magnitude else None
+
+
+def _picked(x: Tensor, tokens: Tensor) -> Tensor:
+    """The rows of some tokens of [..., features]."""
+    return flatten(x).index_select(0, tokens)
+
+
+def _put_back(picked: Tensor | None, chosen: Tensor, tokens: int) -> Tensor | None:
+    """The picked rows among zeros, [tokens, features]."""
+    return None if picked is None else picked.new_zeros(tokens, picked.shape[1]).index_copy_(0, chosen, picked)
 
 
 def _low_rank_gradients(layer: Layer, x: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,159 @@
+"""The native backward leaves out tokens whose output has no gradient, and gives the numbers of the whole pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import bidora_kernels as bk
+from bidora_kernels import native
+from bidora_kernels.ops import _native_plan
+
+from ..tiny_models import VOCABULARY, bert, randomize
+from .draws import Call, draw, run, violations
+
+pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="the native library is not there")
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens are looked for in every layer; how many tokens each backward pass of the kernels has, in their order."""
+    monkeypatch.setattr(_native_plan, "SKIPS_FROM", 1)
+    counts: list[int] = []
+    for name, at in (("dora_linear_backward", 0), ("adapter_gradients", 1)):
+        inner = getattr(native, name)
+
+        def counted(*args: Tensor, inner: object = inner, at: int = at, **kwargs: object) -> object:
+            counts.append(args[at].numel() // args[at].shape[-1])
+            return inner(*args, **kwargs)  # type: ignore[operator]
+
+        monkeypatch.setattr(native, name, counted)
+    return counts
+
+
+def without_gradient(call: Call, kept: list[int]) -> Call:
+    """The call with a gradient of the tokens `kept` alone; some of the zeros are negative."""
+    flat = call.grad.reshape(-1, call.grad.shape[-1])
+    zeros = torch.zeros_like(flat)
+    zeros[::2] = -0.0
+    zeros[kept] = flat[kept]
+    call.grad = zeros.reshape(call.grad.shape)
+    return call
+
+
+KEPT = {"none": [], "one": [5], "padded": [*range(7), *range(30, 47)], "last": [59], "every other": [*range(0, 60, 2)]}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("detach_norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_pass_without_them(kept: str, dropped: bool, detach_norm: bool, dtype: torch.dtype, seen: list[int]) -> None:
+    call = draw(2, tokens=(3, 20), dtype=dtype, dropped=dropped, detach_norm=detach_norm)
+    assert violations(without_gradient(call, KEPT[kept]), run(call, "native")) == []
+    assert seen == [len(KEPT[kept])]
+
+
+@pytest.mark.parametrize("layout", ["rows", "transposed", "sliced", "strided"])
+@pytest.mark.parametrize(("out_features", "in_features", "r"), [(24, 40, 1), (40, 17, 33), (1, 1, 1), (130, 64, 100)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes_and_layouts(layout: str, out_features: int, in_features: int, r: int, bias: bool, seen: list[int]) -> None:
+    call = draw(3, out_features, in_features, r, (60,), layout=layout, bias=bias)
+    assert violations(without_gradient(call, KEPT["padded"]), run(call, "native")) == []
+    assert seen == [24]
+
+
+@pytest.mark.parametrize("needs", [("direction",), ("magnitude",), ()])
+def test_parts_of_a_pass(needs: tuple[str, ...], seen: list[int]) -> None:
+    call = without_gradient(draw(4, tokens=(60,), dtype=torch.float64), KEPT["padded"])
+    ours, theirs = run(call, "native", needs), run(call, "reference", needs)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-12, atol=1e-12)
+    assert set(seen) <= {24}
+
+
+def test_a_gradient_without_memory_of_its_own(seen: list[int]) -> None:
+    """Tokens of a transposed or expanded gradient are found as well."""
+    call = draw(5, tokens=(20, 3))
+    batch_first = without_gradient(draw(5, tokens=(3, 20)), KEPT["padded"]).grad.reshape(3, 20, -1)
+    call.grad = batch_first.transpose(0, 1)
+    assert violations(call, run(call, "native")) == []
+    call.grad = torch.zeros(1).expand(20, 3, 24)
+    found = run(call, "native")
+    assert all(not found[name].any() for name in ("x", "lora_A", "lora_B", "magnitude"))
+    assert seen == [24, 0]
+
+
+def test_few_are_not_worth_it(seen: list[int]) -> None:
+    """A pass in which most tokens have a gradient, or that is small, runs as it is."""
+    call = without_gradient(draw(6, tokens=(60,)), [*range(46)])
+    assert violations(call, run(call, "native")) == []
+    few = without_gradient(draw(6, tokens=(16,)), [0])
+    assert violations(few, run(few, "native")) == []
+    assert seen == [60, 16]
+
+
+def test_small_products_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "nonzero_rows", lambda t: pytest.fail("a search costs more than this product"))
+    call = without_gradient(draw(7, tokens=(60,)), [0])
+    assert violations(call, run(call, "native")) == []
+
+
+def test_a_lost_gradient_is_not_hidden(seen: list[int]) -> None:
+    """A NaN is a gradient; what is NaN in a token that has none does not reach the others' gradients."""
+    call = without_gradient(draw(8, tokens=(60,)), KEPT["padded"])
+    call.x[10] = float("nan")
+    assert all(value.isfinite().all() for name, value in run(call, "native").items() if name != "y")
+    call.grad[10, 3] = float("nan")
+    found = run(call, "native")
+    assert found["x"][10].isnan().all()
+    assert found["magnitude"][3].isnan()
+    assert seen == [24, 25]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_classifier_with_padding(compiled: bool, seen: list[int]) -> None:
+    """Padding has no gradient in any layer, and in the last one only the token that is read has one."""
+    model = bert()
+    bk.apply_dora(model, bk.DoraConfig(r=2, target_modules="all-linear"))
+    randomize(model)
+    ids, mask = torch.randint(3, VOCABULARY, (4, 16)), torch.ones(4, 16, dtype=torch.long)
+    for row, length in enumerate((3, 6, 9, 12)):
+        mask[row, length:] = 0
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    run_model = torch.compile(model, backend="aot_eager") if compiled else model
+
+    def gradients(backend: str) -> list[Tensor]:
+        with bk.use_backend(backend):
+            loss = run_model(input_ids=ids, attention_mask=mask, labels=torch.arange(4) % 2).loss
+            return list(torch.autograd.grad(loss, parameters))
+
+    for ours, theirs in zip(gradients("native"), gradients("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    real = int(mask.sum())
+    assert set(seen) == {4, real}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 3, 31, 32, 33, 64, 65, 127, 128, 129, 700])
+def test_nonzero_rows(dtype: torch.dtype, columns: int) -> None:
+    smallest = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}.get(dtype, torch.finfo(dtype).smallest_normal)
+    for t in (torch.zeros(50, columns, dtype=dtype), torch.zeros(50, columns + 5, dtype=dtype)[:, 2 : 2 + columns]):
+        t[::3] = -0.0
+        rows = {0: 1.0, 4: float("nan"), 5: smallest, 17: -smallest, 49: float("-inf")}
+        for row, value in rows.items():
+            t[row, row * 7 % columns] = value
+        assert native.nonzero_rows(t).tolist() == list(rows)
+        assert native.nonzero_rows(t.contiguous().reshape(5, 10, columns)).tolist() == list(rows)
+    wide = torch.ones(50, columns + 5, dtype=dtype)  # what lies between the rows of a view is not looked at
+    wide[:, 2 : 2 + columns] = 0
+    assert native.nonzero_rows(wide[:, 2 : 2 + columns]).numel() == 0
+
+
+def test_nonzero_rows_of_nothing() -> None:
+    assert native.nonzero_rows(torch.ones(0, 4)).shape == (0,)
+    assert native.nonzero_rows(torch.ones(4, 0)).shape == (0,)
+    with pytest.raises(RuntimeError, match="dimensions"):
+        native.nonzero_rows(torch.ones(4))

@@ -30,6 +30,7 @@ SHARDED = [
 ]  # fmt: skip
 HALF: dict[str, Any] = {"difference_batch": 0.5}
 HALVED = [bk.Sama(), bk.ForwardDifference(), bk.CentralDifference()]
+PENALIZED = [bk.Sama(), bk.CentralDifference(), bk.Neumann(terms=2, step=1e-3), bk.ConjugateGradient(iterations=2, damping=1.0)]
 REFUSED = [
     bk.DoubleBackward(), bk.ForwardMode(), bk.Sama(bk.DoubleBackward()), bk.Neumann(difference=bk.DoubleBackward()),
 ]  # fmt: skip
@@ -43,7 +44,10 @@ def batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def two_steps(
     estimator: Any, train: Any, validation: Any, wrap: Any = None, lower: Any = torch.optim.SGD, **options: Any
 ) -> tuple[Any, Any]:
-    model = small_bert()
+    dropout, draws = options.pop("dropout", 0.0), options.pop("draws", None)
+    model = small_bert(dropout)
+    if draws is not None:
+        torch.manual_seed(draws)
     direction, magnitude = bk.split_parameters(model)
     wrapped = model if wrap is None else wrap(model)
     if wrap is shard:
@@ -99,6 +103,12 @@ def process(rank: int, port: int, folder: str) -> None:
     found["ddp, unequal"] = [two_steps(e, unequal, validation, torch.nn.parallel.DistributedDataParallel, **HALF) for e in HALVED]
     found["ddp, compiled"] = [two_steps(bk.Sama(), train, validation, compiled_ddp)]
     found["ddp, frozen"] = [two_steps(e, train, validation, frozen_in_ddp, torch.optim.AdamW) for e in ESTIMATORS]
+    found["group"] = [two_steps(e, train, validation, process_group=dist.group.WORLD) for e in ESTIMATORS]
+    penalty = bk.OrthogonalPenalty(0.1)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    found["ddp, penalty"] = [two_steps(e, train, validation, ddp, penalty=penalty) for e in PENALIZED]
+    # each process draws masks of its own, the same ones for every estimator
+    found["ddp, dropout"] = [two_steps(e, train, validation, ddp, dropout=0.3, draws=rank) for e in ESTIMATORS]
     refusals = [refusal(estimator=estimator) for estimator in REFUSED]
     refusals += [refusal(penalty=bk.OrthogonalPenalty(0.1)), refusal(grad_scaler=torch.amp.GradScaler("cpu"))]
     with pytest.raises(ValueError, match=r"the same share of every process's batch, got 0\.667 to 1: give equal numbers"):
@@ -154,7 +164,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     start = flat([p for group in bk.split_parameters(small_bert()) for p in group])
     for name, estimators, lower in (
         ("ddp", ESTIMATORS, torch.optim.SGD), ("fsdp, SGD", SHARDED, torch.optim.SGD),
-        ("fsdp, AdamW", SHARDED[:2], torch.optim.AdamW),
+        ("fsdp, AdamW", SHARDED[:2], torch.optim.AdamW), ("group", ESTIMATORS, torch.optim.SGD),
     ):  # fmt: skip
         for estimator, (values, numbers), (other, others) in zip(estimators, first[name], second[name], strict=True):
             assert torch.equal(values, other), f"the processes part with {estimator}, {name}"
@@ -189,5 +199,17 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
         assert torch.equal(values, other)
         wanted, _ = two_steps(estimator, batch(1), batch(2), frozen, torch.optim.AdamW)
         assert error(values - start, wanted - start) < 1e-4, estimator
+    for estimator, (values, _), (other, _) in zip(PENALIZED, first["ddp, penalty"], second["ddp, penalty"], strict=True):
+        assert torch.equal(values, other), f"the processes part with {estimator} and a penalty"
+        wanted, _ = two_steps(estimator, batch(1), batch(2), penalty=bk.OrthogonalPenalty(0.1))
+        assert error(values - start, wanted - start) < 1e-5, estimator
+    dropped = zip(ESTIMATORS, first["ddp, dropout"], second["ddp, dropout"], strict=True)
+    for estimator, (values, numbers), (other, others) in dropped:
+        assert torch.equal(values, other), f"the processes part with {estimator} and dropout"
+        assert numbers == others
+    terms = {repr(e): numbers["second_order_norm"] for e, (_, numbers) in zip(ESTIMATORS, first["ddp, dropout"], strict=True)}
+    exact = terms[repr(bk.DoubleBackward())]
+    assert terms[repr(bk.ForwardMode())] == pytest.approx(exact, rel=1e-8)
+    assert terms[repr(bk.CentralDifference())] == pytest.approx(exact, rel=1e-4)  # other masks would be off by a good part
     assert all("differentiates twice" in text for text in refusals[:4])
     assert ["penalty is not supported" in refusals[4], "grad_scaler is not supported" in refusals[5]] == [True, True]

@@ -344,6 +344,65 @@ def test_implicit_estimators_on_a_convex_problem(difference: Any) -> None:
     assert error(second_order(neumann, toy_loss, "train", "validation"), step * model.B.T @ series @ v) < 1e-6
 
 
+class Indefinite(Quadratic):
+    """Its Hessian has one eigenvalue of -4 and five of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        axis = torch.ones(6, dtype=torch.float64) / 6**0.5
+        self.A = torch.eye(6, dtype=torch.float64) - 5 * torch.outer(axis, axis)
+        self.t = self.V.detach() - self.t.norm() * axis  # v along the axis where the curvature is negative, before the step
+
+
+@pytest.mark.parametrize("difference", [bk.CentralDifference(), bk.DoubleBackward()], ids=repr)
+def test_conjugate_gradients_stop(difference: Any) -> None:
+    """At once where the curvature is not positive, with v itself; after a product where the residual is gone."""
+    calls = 0
+
+    def counting(model: Quadratic, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return toy_loss(model, batch)
+
+    def term(model: Quadratic, **options: Any) -> tuple[Tensor, int]:
+        nonlocal calls
+        calls = 0
+        estimator = bk.ConjugateGradient(difference=difference, **options)
+        found = second_order(toy_optimizer(model, lr=1e-12, estimator=estimator), counting, "train", "validation")
+        return found, calls - 2  # of the lower and the upper pass
+
+    each = 2 if isinstance(difference, bk.CentralDifference) else 1
+    model = Indefinite()
+    v = model.V.detach() - model.t
+    found, passes = term(model, iterations=4, damping=0.0)
+    assert error(found, model.B.T @ v) < 1e-6
+    assert passes == 2 * each  # one product, then q
+    found, _ = term(model, iterations=4, damping=5.0)  # now positive definite, and v is an eigenvector
+    assert error(found, model.B.T @ v) < 1e-6
+    flat_valley = Quadratic()
+    flat_valley.A = 3 * torch.eye(6, dtype=torch.float64)
+    v = flat_valley.V.detach() - flat_valley.t
+    found, passes = term(flat_valley, iterations=6, damping=0.0)
+    assert error(found, flat_valley.B.T @ v / 3) < 1e-6
+    if isinstance(difference, bk.DoubleBackward):  # a difference's product is exact to its radius alone, and another step follows
+        assert passes == 2 * each
+
+
+@pytest.mark.parametrize("difference", [bk.CentralDifference(), bk.DoubleBackward()], ids=repr)
+def test_a_penalty_is_in_the_hessian(difference: Any) -> None:
+    """lambda / 2 |V|^2 on the lower level is a damping of lambda."""
+
+    def penalty(model: Quadratic) -> Tensor:
+        return 0.35 * model.V.square().sum()
+
+    def term(damping: float, **options: Any) -> Tensor:
+        estimator = bk.ConjugateGradient(iterations=6, damping=damping, difference=difference)
+        return second_order(toy_optimizer(Quadratic(), lr=1e-12, estimator=estimator, **options), toy_loss, "train", "validation")
+
+    assert error(term(0.0, penalty=penalty), term(0.7)) < 1e-6
+    assert error(term(0.0), term(0.7)) > 1e-2
+
+
 def test_implicit_hessian_products_differentiate_the_norm_on_an_encoder() -> None:
     results = []
     for difference in (bk.CentralDifference(), bk.DoubleBackward()):

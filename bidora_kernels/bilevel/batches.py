@@ -48,14 +48,15 @@ def parts_of(batch: Any) -> list[tuple[Any, float]]:
     return [(batch, 1.0)]
 
 
-def first_share(batch: Any, share: float) -> tuple[MicroBatches, MicroBatches]:
+def first_share(batch: Any, share: float, alike: bool = False) -> tuple[MicroBatches, MicroBatches]:
     """The batch in parts, and the first of them, which hold that share of it.
 
     Of micro-batches whole parts are taken, as few as weigh the share. Another batch is cut by rows, `round(share * rows)` of them
     and at least one: tensors along their first dimension, lists and tuples without tensors by their items; mappings, lists and
     tuples of such things are gone through, single plain values are in both parts. There is one part, the whole batch, where the
-    share is all rows, and where a mapping's "labels" are whole numbers in two dimensions or more: then the loss is a mean over
-    tokens, which the rows do not share evenly.
+    share is all rows, and where a mapping's "labels" are those of tokens (whole numbers in two dimensions or more), unless its
+    rows weigh alike: then the loss is a mean over tokens. alike: processes must cut alike, so that what the labels are is not
+    looked at, and such a batch is always whole.
 
     Raises TypeError for a batch with anything else in it and ValueError for parts of unequal length.
     """
@@ -65,7 +66,7 @@ def first_share(batch: Any, share: float) -> tuple[MicroBatches, MicroBatches]:
             reached += batch.weights[count]
             count += 1
         return batch, MicroBatches(batch.batches[:count], batch.weights[:count])
-    if _is_mean_over_tokens(batch):
+    if _is_mean_over_tokens(batch) and (alike or not _rows_weigh_alike(batch)):
         return MicroBatches([batch]), MicroBatches([batch])
     rows = _rows(batch)
     first = max(1, round(share * rows))
@@ -78,6 +79,19 @@ def first_share(batch: Any, share: float) -> tuple[MicroBatches, MicroBatches]:
 def _is_mean_over_tokens(batch: Any) -> bool:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     return isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point()
+
+
+def _rows_weigh_alike(batch: Mapping[Any, Any]) -> bool:
+    """Whether a mean over a batch's labelled tokens is one over its rows, whichever tokens the loss counts.
+
+    Those with a label that is not -100, with the first one or (as in a causal model) without, or those of a mask beside them.
+    """
+    labels = batch["labels"]
+    counted = [labels != -100, labels[:, 1:] != -100]
+    counted += [value != 0 for key, value in batch.items() if "mask" in str(key) and isinstance(value, Tensor) and value.ndim > 1]
+    numbers = [tokens.flatten(1).sum(1) for tokens in counted]
+    comparable = all((number.shape, number.device) == (numbers[0].shape, labels.device) for number in numbers)
+    return comparable and bool(torch.stack(numbers).diff(dim=1).eq(0).all())
 
 
 def _rows(batch: Any) -> int:

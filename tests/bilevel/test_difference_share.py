@@ -14,6 +14,7 @@ import bidora_kernels as bk
 from bidora_kernels.bilevel.batches import first_share
 from bidora_kernels.ops._context import current_mode
 
+from ..tiny_models import gpt2, randomize
 from .problems import TRAIN, VALIDATION, Curved, bert_loss, bert_optimizer, error, flat, second_order, small_bert, toy_optimizer
 
 ESTIMATORS = [
@@ -217,14 +218,66 @@ def test_rounding_and_the_ends() -> None:
         assert whole.batches == part.batches == [batch]
 
 
-def test_a_mean_over_tokens_is_left_whole() -> None:
+def token_batch(*labels: list[int], **more: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": torch.zeros(len(labels), len(labels[0])), "labels": torch.tensor(labels), **more}
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        token_batch([1, 2, 3], [4, -100, -100], [-100, -100, -100]),
+        token_batch([1, 2, 3], [-100, 4, 5], [-100, 6, 7]),  # two each for a causal model, which has no use for the first
+        token_batch([1, 2, -100], [-100, 4, 5]),  # two each, but not for a causal model
+        token_batch([1, 2, 3], [4, 5, 6], attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]])),
+        token_batch([1, 2, 3], [4, 5, 6], mask=torch.ones(1, 3)),
+        token_batch([1, 2, 3], [4, 5, 6], mask=torch.ones(2, 3, device="meta")),
+    ],
+)
+def test_a_mean_over_tokens_is_left_whole(batch: dict[str, Tensor]) -> None:
     """Rows with unequal numbers of labelled tokens do not share such a loss by their number."""
-    labels = torch.tensor([[1, 2, 3], [4, -100, -100], [-100, -100, -100]])
-    batch = {"input_ids": torch.zeros(3, 3), "labels": labels}
     whole, part = first_share(batch, 0.5)
     assert whole.batches == part.batches == [batch]
-    many_labels = {"input_ids": torch.zeros(4, 3), "labels": torch.zeros(4, 5)}  # of one row each: a mean over rows
-    assert len(first_share(many_labels, 0.5)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        token_batch([1, 2, 3], [4, 5, 6]),
+        token_batch([-100, 2, 3], [-100, 5, 6], attention_mask=torch.ones(2, 3)),
+        token_batch([1, -100, 3], [4, 5, -100], causal_mask=torch.ones(2, 1, 3, 3), mask=torch.ones(7)[:2]),
+        {"input_ids": torch.zeros(4, 3), "labels": torch.zeros(4, 5)},  # many labels of one row each: a mean over rows
+        token_batch([[1, 2], [3, 4]], [[5, 6], [7, 8]]),  # type: ignore[list-item]
+    ],
+)
+def test_rows_that_weigh_alike_are_cut(batch: dict[str, Tensor]) -> None:
+    whole, part = first_share(batch, 0.5)
+    assert whole.weights == [0.5, 0.5]
+    assert torch.equal(part.batches[0]["labels"], batch["labels"][: len(batch["labels"]) // 2])
+    floating = batch["labels"].is_floating_point()
+    assert len(first_share(batch, 0.5, alike=True)[0]) == 1 + floating  # where each process must cut as the others do
+
+
+def test_a_language_model_is_cut_by_rows() -> None:
+    """Its mean over tokens is the mean over rows of one length: the same lower step, and the term of the first rows."""
+    generator = torch.Generator().manual_seed(5)
+    train, validation = ({"input_ids": x, "labels": x} for x in torch.randint(2, 40, (2, 4, 7), generator=generator))
+    moved, terms, passes = [], [], []
+    for which in (None, 0.5, lambda batch: {name: value[:2] for name, value in batch.items()}):
+        model = gpt2()
+        bk.apply_dora(model, bk.DoraConfig(r=2, target_modules="all-linear"))
+        randomize(model)
+        direction, magnitude = bk.split_parameters(model.double())
+        optimizer = bk.BilevelOptimizer(
+            model, lower=torch.optim.SGD(direction, lr=0.1), upper=torch.optim.SGD(magnitude, lr=0.1), difference_batch=which
+        )
+        terms.append(second_order(optimizer, lambda model, batch: model(**batch).loss, train, validation))
+        start = flat(direction)
+        passes.append(optimizer.step(lambda model, batch: model(**batch).loss, train, validation).passes)
+        moved.append(flat(direction) - start)
+    assert error(moved[1], moved[0]) < 1e-9
+    assert error(terms[1], terms[2]) < 1e-6
+    assert error(terms[1], terms[0]) > 0.1
+    assert passes == [3, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def gates(case: Case, times: Times) -> Iterator[Gate]:
     """What was measured of a case, and what is allowed."""
     ours, floor = times[OURS], times[case.floor]
     if isinstance(case, StepCase):
-        everything, gated = case.targets == "all-linear", case.layers == 3
+        everything, gated = case.targets == "all-linear", case.layers == 3 and not case.padding
         for name in (OURS, LORA, DORA, PLAIN):
             yield f"{name} / floor", ratio(times[name], floor), None
         yield "(ours - floor) / (PEFT DoRA - floor)", distance(ours, times[DORA], floor), 0.20 if everything and gated else None
@@ -81,7 +81,7 @@ def cases(part: str, rounds: int = 20) -> list[Case]:
         found = [
             dataclasses.replace(case, layers=3 if part == "step" else 12)
             for case in suite("cpu", "step/")
-            if isinstance(case, StepCase) and case.min_rounds >= 20
+            if isinstance(case, StepCase) and case.min_rounds >= 20 and (part == "step" or not case.padding)
         ]
     elif part == "decode":
         found = [layer_case("llama-2-7b", "q_proj", tokens, 16, "fp32", DecodeCase) for tokens in (1, 8, 128)]

@@ -82,7 +82,13 @@ class Workbench:
         ids = torch.randint(4, self.base.config.vocab_size, (rows, self.case.sequence), device=self.device)
         if self.family == "llama":
             return {"input_ids": ids, "labels": ids}
-        return {"input_ids": ids, "labels": torch.arange(rows, device=self.device) % 2}
+        batch = {"input_ids": ids, "labels": torch.arange(rows, device=self.device) % 2}
+        if self.case.padding:
+            spread = (torch.arange(rows, device=self.device) + torch.rand(rows, device=self.device)) / rows
+            lengths = self.case.sequence * (1 - 2 * self.case.padding * spread)
+            real = torch.arange(self.case.sequence, device=self.device) < lengths.ceil().unsqueeze(1)
+            batch["attention_mask"], batch["input_ids"] = real.long(), ids.where(real, self.base.config.pad_token_id)
+        return batch
 
     def batch_part(self, share: float) -> list[Batch]:
         """Batches of a share of the rows."""

@@ -178,12 +178,13 @@ def dora_linear_backward(
     )  # fmt: skip
 
 
-def nonzero_rows(t: Tensor) -> Tensor:
+def nonzero_rows(t: Tensor, multiple: int = 1) -> Tensor:
     """The indices of the rows of [..., columns] that hold anything but zeros, int64, ascending. A NaN is no zero.
 
-    `t` is contiguous, or a matrix with contiguous rows.
+    `t` is contiguous, or a matrix with contiguous rows. multiple: as many of the first other rows are among them as make their
+    number a multiple of it, or all rows there are; no row needs no other.
     """
-    return torch.ops.bidora_native.nonzero_rows.default(t)  # type: ignore[no-any-return]
+    return torch.ops.bidora_native.nonzero_rows.default(t, multiple)  # type: ignore[no-any-return]
 
 
 def adapter_gradients(

@@ -66,7 +66,8 @@ int64_t adapter_gradients_of(
   args.block = std::clamp<int64_t>(kBlockElements / std::max<int64_t>(1, padded_in + padded_out) / 8 * 8, 16, kBlock);
   const int64_t size = (direction ? r * (padded_in + padded_out) : 0) + 3 * padded_out;
   const int64_t room = std::max<int64_t>(1, kPartialBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, size));
-  const int64_t parts = std::clamp<int64_t>(tokens / (8 * kBlock), 1, std::min<int64_t>(16, room));
+  const int64_t wanted = std::max(tokens / (8 * kBlock), std::min<int64_t>(4, tokens / (2 * kBlock)));
+  const int64_t parts = std::clamp<int64_t>(wanted, 1, std::min<int64_t>(16, room));
   auto partial = buffer<T>(std::max<int64_t>(1, parts * size));
   const int64_t cost = tokens / parts * (direction ? (2 * r + 2) * (in + n) : 4 * n);
   torch::stable::parallel_for(0, parts, grain(cost), [&](int64_t begin, int64_t end) {

@@ -22,8 +22,9 @@ int64_t adapter_gradients(
     std::optional<Tensor> grad_B, std::optional<Tensor> grad_magnitude, std::optional<Tensor> doubtful, double doubtful_ratio,
     bool from_updated);
 
-// The indices of the rows of t [..., columns] that hold anything but zeros, int64, ascending
-Tensor nonzero_rows(const Tensor& t);
+// The indices of the rows of t [..., columns] that hold anything but zeros, int64, ascending, and as many of the first others as
+// make their number a multiple of `multiple`, or all rows
+Tensor nonzero_rows(const Tensor& t, int64_t multiple);
 
 // x weight^T + bias [..., out] of tensors of one dtype; oneDNN takes fp32
 Tensor product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool onednn);

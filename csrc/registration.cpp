@@ -245,7 +245,7 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
   m.def(
       "few_tokens(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor scale, Tensor? bias, float scaling, "
       "Tensor(a!) out) -> ()");
-  m.def("nonzero_rows(Tensor t) -> Tensor");
+  m.def("nonzero_rows(Tensor t, int multiple) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bidora_native, CompositeExplicitAutograd, m) {  // no tensor says which device

@@ -9,8 +9,9 @@ and inputs are not rounded to the product dtype. But where the processor has bf1
 a bf16 pass takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout, precise passes and the forward that one
 kernel does for few tokens stay in fp32. Which library multiplies in fp32 is `native.product`'s choice.
 
-A token whose output has no gradient adds nothing to any gradient, and a backward pass leaves it out: padding, and in the last
-layers what nothing reads there, the tokens beside the one that a classifier looks at or a prompt that is not trained on.
+A token whose output has no gradient adds nothing to any gradient. Where a quarter of the tokens or more are such, a backward pass
+that takes a product leaves them out: padding, and in the last layers what nothing reads there, the tokens beside the one that a
+classifier looks at or a prompt that is not trained on.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from ._library import as_dtype, flatten, rows
 from ._workspace import rows_per_block, workspace
 
 FEW_TOKENS = 16
-SKIPS_FROM = 1 << 25  # multiply-adds of a layer's product from which tokens without a gradient are looked for
+SKIPS_FROM = 1 << 25  # multiply-adds of a product from which looking for tokens without a gradient costs little beside it
 SKIPPED_SHARE = 0.25  # of the tokens: from there on gathering the others costs less than it saves
+COUNTS = 32  # numbers of gathered tokens that a batch of one size can have: the library makes a kernel for each, and keeps it
 LIBRARY_RANK = 32  # from here on the library's products form the gradients of lora_A and lora_B
 
 
@@ -105,11 +107,11 @@ def kept_dtype(
 
 
 def tokens_with_gradient(grad_output: Tensor, weight: Tensor) -> Tensor | None:
-    """The tokens whose output has a gradient, where so many have none that a backward pass of those alone is cheaper."""
+    """The tokens whose output has a gradient, and a few more; None where a backward pass of these alone would not be cheaper."""
     tokens = grad_output.numel() // max(1, weight.shape[0])
     if tokens <= FEW_TOKENS or tokens * weight.numel() < SKIPS_FROM:
         return None
-    found = native.nonzero_rows(grad_output)
+    found = native.nonzero_rows(grad_output, max(1, tokens // COUNTS))
     return found if found.numel() <= (1 - SKIPPED_SHARE) * tokens else None
 
 
@@ -262,15 +264,41 @@ def backward(
     """
     if not grad_output.is_contiguous():
         grad_output = rows(flatten(grad_output))
-    chosen = tokens_with_gradient(grad_output, weight)
+    multiplies = needs_x or needs_dropped or (kept is None and (needs_magnitude or (needs_direction and differentiate_norm)))
+    chosen = tokens_with_gradient(grad_output, weight) if multiplies else None
+    g, inputs, outputs = grad_output, x, kept
+    if chosen is not None:
+        g, inputs, outputs = _picked(g, chosen), _picked(x, chosen), None if kept is None else _picked(kept, chosen)
+    grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = _backward(
+        g, inputs, weight, lora_A, lora_B, magnitude, norm, bias, outputs, scaling, dropped, needs_x, needs_dropped,
+        needs_direction, needs_magnitude, differentiate_norm, product_dtype,
+    )  # fmt: skip
     if chosen is not None:
         tokens = grad_output.numel() // weight.shape[0]
-        grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = backward(
-            _picked(grad_output, chosen), _picked(x, chosen), weight, lora_A, lora_B, magnitude, norm, bias,
-            None if kept is None else _picked(kept, chosen), scaling, dropped, needs_x, needs_dropped, needs_direction,
-            needs_magnitude, differentiate_norm, product_dtype,
-        )  # fmt: skip
-        return _put_back(grad_x, chosen, tokens), _put_back(grad_dropped, chosen, tokens), grad_A, grad_B, grad_magnitude
+        grad_x, grad_dropped = _put_back(grad_x, chosen, tokens), _put_back(grad_dropped, chosen, tokens)
+    return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude
+
+
+def _backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    scaling: float,
+    dropped: bool,
+    needs_x: bool,
+    needs_dropped: bool,
+    needs_direction: bool,
+    needs_magnitude: bool,
+    differentiate_norm: bool,
+    product_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As `backward`, of all tokens that it is given."""
     through_norm = needs_direction and differentiate_norm
     needs_output = needs_magnitude or through_norm
     by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK

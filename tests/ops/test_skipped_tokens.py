@@ -65,13 +65,22 @@ def test_shapes_and_layouts(layout: str, out_features: int, in_features: int, r:
 
 
 @pytest.mark.parametrize("needs", [("direction",), ("magnitude",), ()])
-def test_parts_of_a_pass(needs: tuple[str, ...], seen: list[int]) -> None:
+def test_parts_of_a_pass(needs: tuple[str, ...], seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    searches, real = [], _native_plan.tokens_with_gradient
+
+    def searched(*args: Tensor) -> Tensor | None:
+        found = real(*args)
+        searches.append((args[0].numel() // args[0].shape[-1], None if found is None else found.numel()))
+        return found
+
+    monkeypatch.setattr(_native_plan, "tokens_with_gradient", searched)
     call = without_gradient(draw(4, tokens=(60,), dtype=torch.float64), KEPT["padded"])
     ours, theirs = run(call, "native", needs), run(call, "reference", needs)
+    assert searches == [(3 * 20, 24)]
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-12, atol=1e-12)
-    assert set(seen) <= {24}
+    assert seen == [24]
 
 
 def test_a_gradient_without_memory_of_its_own(seen: list[int]) -> None:
@@ -88,21 +97,85 @@ def test_a_gradient_without_memory_of_its_own(seen: list[int]) -> None:
 
 def test_few_are_not_worth_it(seen: list[int]) -> None:
     """A pass in which most tokens have a gradient, or that is small, runs as it is."""
-    call = without_gradient(draw(6, tokens=(60,)), [*range(46)])
-    assert violations(call, run(call, "native")) == []
+    for kept in (45, 46):
+        call = without_gradient(draw(6, tokens=(60,)), [*range(kept)])
+        assert violations(call, run(call, "native")) == []
     few = without_gradient(draw(6, tokens=(16,)), [0])
     assert violations(few, run(few, "native")) == []
-    assert seen == [60, 16]
+    assert seen == [45, 60, 16]
+
+
+def test_a_pass_without_a_product_is_not_searched(monkeypatch: pytest.MonkeyPatch, seen: list[int]) -> None:
+    """As of a first layer, whose input is frozen: gathering would cost more than the sums."""
+    monkeypatch.setattr(native, "nonzero_rows", lambda *args: pytest.fail("there is no product to make smaller"))
+    call = without_gradient(draw(6, tokens=(60,)), [0])
+    factors = [value.requires_grad_() for value in (call.lora_A, call.lora_B, call.magnitude)]
+    with bk.use_backend("native"):
+        y = bk.functional.dora_linear(call.x, call.weight, *factors, scaling=call.scaling, bias=call.bias)
+    torch.autograd.grad(y, factors, call.grad)
+    assert seen == [60]
+
+
+def test_a_number_of_tokens_is_one_of_few(seen: list[int]) -> None:
+    """The library makes a kernel for each, and keeps it."""
+    for kept in range(1, 400, 7):
+        call = draw(6, tokens=(640,), r=1)
+        call.grad[kept:] = 0
+        run(call, "native")
+    assert set(seen) == set(range(20, 401, 20))
+
+
+def test_as_it_is_shipped() -> None:
+    """Nothing patched: a layer of usual size skips."""
+    layer = bk.FusedDoraLinear.from_linear(torch.nn.Linear(1024, 1024), r=2)
+    x, grad = torch.randn(64, 1024, requires_grad=True), torch.zeros(64, 1024)
+    grad[3] = 1.0
+    with torch.no_grad():
+        x[5:] = float("nan")
+    with bk.use_backend("native"):
+        layer(x).backward(grad)
+    assert x.grad is not None
+    assert x.grad[3].any()
+    assert not x.grad[4:].any()
+    assert layer.lora_B.grad.isfinite().all()
 
 
 def test_small_products_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "nonzero_rows", lambda t: pytest.fail("a search costs more than this product"))
+    monkeypatch.setattr(native, "nonzero_rows", lambda *args: pytest.fail("a search costs more than this product"))
     call = without_gradient(draw(7, tokens=(60,)), [0])
     assert violations(call, run(call, "native")) == []
 
 
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("r", [3, 40])
+def test_weights_in_blocks(dropped: bool, r: int, seen: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native_plan, "rows_per_block", lambda features, dtype: 5)
+    call = without_gradient(draw(9, r=r, tokens=(60,), dropped=dropped), KEPT["padded"])
+    assert violations(call, run(call, "native")) == []
+    assert seen == [24]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_the_output_does_not_tell(dtype: torch.dtype, seen: list[int]) -> None:
+    """Rows that the bias hides or whose magnitude is 0, an overwritten output, and one kept in more digits than y has."""
+    call = without_gradient(draw(10, tokens=(60,), dtype=dtype), KEPT["padded"])
+    assert call.bias is not None
+    call.bias[:5] *= 1000
+    call.magnitude[7] = 0.0
+    exact = run(call.double(), "reference")["magnitude"]
+    precise = run(call, "native", precise=True)
+    torch.testing.assert_close(precise["magnitude"].double(), exact, rtol=1e-4, atol=1e-3 * float(exact.norm()))
+    factors = [value.requires_grad_() for value in (call.lora_A, call.lora_B, call.magnitude)]
+    x = call.x.requires_grad_()
+    with bk.use_backend("native"):
+        y = bk.functional.dora_linear(x, call.weight, *factors, scaling=call.scaling, bias=call.bias)
+        grads = torch.autograd.grad(y.mul_(1), [x, *factors], call.grad)
+    torch.testing.assert_close(grads[3].double(), exact, rtol=1e-4, atol=1e-2 * float(exact.norm()))
+    assert seen == [24, 24]
+
+
 def test_a_lost_gradient_is_not_hidden(seen: list[int]) -> None:
-    """A NaN is a gradient; what is NaN in a token that has none does not reach the others' gradients."""
+    """A NaN is a gradient; what is NaN in a token that was left out does not reach the others' gradients."""
     call = without_gradient(draw(8, tokens=(60,)), KEPT["padded"])
     call.x[10] = float("nan")
     assert all(value.isfinite().all() for name, value in run(call, "native").items() if name != "y")
@@ -132,24 +205,37 @@ def test_a_classifier_with_padding(compiled: bool, seen: list[int]) -> None:
 
     for ours, theirs in zip(gradients("native"), gradients("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    real = int(mask.sum())
-    assert set(seen) == {4, real}
+    assert seen.count(64) == 3  # query, key and value of the first layer, whose input needs no gradient
+    assert {*seen} == {4, int(mask.sum()), 64}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("columns", [1, 3, 31, 32, 33, 64, 65, 127, 128, 129, 700])
 def test_nonzero_rows(dtype: torch.dtype, columns: int) -> None:
-    smallest = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}.get(dtype, torch.finfo(dtype).smallest_normal)
-    for t in (torch.zeros(50, columns, dtype=dtype), torch.zeros(50, columns + 5, dtype=dtype)[:, 2 : 2 + columns]):
+    """Of a matrix of many rows, on several threads; the smallest numbers there are count, and the last columns."""
+    smallest = {torch.float64: 5e-324, torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}[dtype]
+    rows = {0: 1.0, 4: float("nan"), 5: smallest, 17: -smallest, 900: smallest, 1999: float("-inf")}
+    for t in (torch.zeros(2000, columns, dtype=dtype), torch.zeros(2000, columns + 5, dtype=dtype)[:, 2 : 2 + columns]):
         t[::3] = -0.0
-        rows = {0: 1.0, 4: float("nan"), 5: smallest, 17: -smallest, 49: float("-inf")}
         for row, value in rows.items():
-            t[row, row * 7 % columns] = value
+            t[row, columns - 1 if row in (5, 900) else row * 7 % columns] = value
         assert native.nonzero_rows(t).tolist() == list(rows)
-        assert native.nonzero_rows(t.contiguous().reshape(5, 10, columns)).tolist() == list(rows)
+        assert native.nonzero_rows(t.contiguous().reshape(50, 40, columns)).tolist() == list(rows)
     wide = torch.ones(50, columns + 5, dtype=dtype)  # what lies between the rows of a view is not looked at
     wide[:, 2 : 2 + columns] = 0
     assert native.nonzero_rows(wide[:, 2 : 2 + columns]).numel() == 0
+
+
+def test_nonzero_rows_by_multiples() -> None:
+    t = torch.zeros(9, 2)
+    assert native.nonzero_rows(t, 4).tolist() == []
+    t[2], t[7] = 1.0, 1.0
+    assert native.nonzero_rows(t, 2).tolist() == [2, 7]
+    assert native.nonzero_rows(t, 4).tolist() == [0, 1, 2, 7]
+    assert native.nonzero_rows(t, 7).tolist() == [0, 1, 2, 3, 4, 5, 7]
+    assert native.nonzero_rows(t, 100).tolist() == [*range(9)]
+    with pytest.raises(RuntimeError, match="multiple must be 1 or more"):
+        native.nonzero_rows(t, 0)
 
 
 def test_nonzero_rows_of_nothing() -> None:

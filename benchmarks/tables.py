@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from . import predict
@@ -20,9 +20,11 @@ def measured(entry: Entry) -> dict[str, list[float]]:
     return {name: value["seconds"] for name, value in entry["providers"].items() if value["status"] == "ok"}
 
 
-def our_provider(times: Iterable[str]) -> str | None:
-    """The provider that `auto` takes: the fastest backend at hand."""
-    times = set(times)
+def our_provider(times: Iterable[str], kind: str = "") -> str | None:
+    """The provider that `auto` takes: the fastest backend at hand; of a bilevel case the preset `balanced`."""
+    times = list(times)
+    if kind == "bilevel":
+        return next((name for name in times if name.startswith("balanced")), None)
     return next((name for name in OURS if name in times), None)
 
 
@@ -224,7 +226,7 @@ def _against(document: Document, kind: str, peer: str) -> dict[str, Ratio]:
     found = {}
     for name, entry in of_kind(document, kind).items():
         times = measured(entry)
-        ours = next((t for t in times if t.startswith("balanced")), None) if kind == "bilevel" else our_provider(times)
+        ours = our_provider(times, kind)
         if ours is not None and peer in times:
             found[name] = ratio(times[ours], times[peer])
     return found
@@ -258,32 +260,52 @@ def verdict_lines(document: Document) -> list[str]:
     return [*lines, "", "Slower, with how many times as long this library took:", "", *slower] if slower else lines
 
 
-def headline_table(document: Document) -> list[str]:
-    """What a reader asks about first: steps and iterations at the largest batch, the widest layer and a narrow one.
+def _headline_ratios(entry: Entry) -> dict[str, Ratio] | None:
+    """A case's ratios to the two peers of the headline, None where a provider was not measured.
 
-    A decoded token's peer is PEFT's DoRA as its documentation has it for inference, with its cache.
+    A decoded token's DoRA peer is PEFT's as its documentation has it for inference, with its cache.
     """
-    wide = max((e["case"]["out_features"] for e in of_kind(document, "layer").values()), default=0)
-    rows = []
+    times, kind = measured(entry), entry["case"]["kind"]
+    ours = our_provider(times, kind)
+    peers = ("PEFT LoRA", {"bilevel": "Eq. 8 on PEFT DoRA", "decode": "PEFT DoRA, DoraCaching"}.get(kind, "PEFT DoRA"))
+    if ours is None or any(peer not in times for peer in (*peers, entry["floor"])):
+        return None
+    return {peer: ratio(times[ours], times[peer]) for peer in peers}
+
+
+def _headline_cases(document: Document) -> Iterator[tuple[str, dict[str, Ratio]]]:
+    """Steps and iterations at the largest batch; of layers of rank 16, by kind and tokens, the largest and the worst loser."""
+    layers: dict[tuple[str, int], dict[str, dict[str, Ratio]]] = {}
     for name, entry in document["cases"].items():
-        case, times = entry["case"], measured(entry)
-        kind = case["kind"]
-        if not entry["pieces"] or kind == "operation" or entry["floor"] not in times:
+        case = entry["case"]
+        against = None if case["kind"] == "operation" or not entry["pieces"] else _headline_ratios(entry)
+        if against is None:
             continue
         if "batch" in case:
-            largest = max(e["case"]["batch"] for e in of_kind(document, kind).values())
-            if case["batch"] < largest or case["r"] > 16 or case["layers"] not in (3, 8):
-                continue
-        elif case["r"] != 16 or (case["out_features"] < wide and (case["model"], case["layer"]) != ("roberta-base", "attention")):
-            continue
-        ours = next((t for t in times if t.startswith("balanced")), None) if kind == "bilevel" else our_provider(times)
-        peers = ("PEFT LoRA", {"bilevel": "Eq. 8 on PEFT DoRA", "decode": "PEFT DoRA, DoraCaching"}.get(kind, "PEFT DoRA"))
-        if ours is None or any(peer not in times for peer in peers):
-            continue
+            largest = max(e["case"]["batch"] for e in of_kind(document, case["kind"]).values())
+            if case["batch"] == largest and case["r"] <= 16 and case["layers"] in (3, 8):
+                yield name, against
+        elif case["r"] == 16:
+            layers.setdefault((case["kind"], case["tokens"]), {})[name] = against
+    for group in layers.values():
+        cases = {name: document["cases"][name]["case"] for name in group}
+        largest = max(cases, key=lambda name: cases[name]["out_features"] * cases[name]["in_features"])
+        lost = [name for name, against in group.items() if any(value.low > 1 for value in against.values())]
+        worst = max(lost, key=lambda name: max(value.median for value in group[name].values()), default=largest)
+        yield from ((name, group[name]) for name in dict.fromkeys((largest, worst)))
+
+
+def headline_table(document: Document) -> list[str]:
+    """What a reader asks about first, with what lost."""
+    rows = []
+    for name, against in _headline_cases(document):
+        entry = document["cases"][name]
+        times, kind = measured(entry), entry["case"]["kind"]
+        ours = our_provider(times, kind)
         floor = times[entry["floor"]]
         row = [f"{kind}: {_short(name)}", milliseconds(quantiles(floor)[1])]
-        row += [times_as_long(ratio(times[column], floor)) for column in (*peers, ours)]
-        rows.append([*row, *(times_as_long(ratio(times[ours], times[peer])) for peer in peers)])
+        row += [times_as_long(ratio(times[str(column)], floor)) for column in (*against, ours)]
+        rows.append([*row, *map(times_as_long, against.values())])
     dora, own = (
         "PEFT DoRA (bilevel: Eq. 8 on it; decode: its cache)",
         "bidora (bilevel: balanced, an upper step in two iterations)",

@@ -45,6 +45,7 @@ ESTIMATORS: dict[str, tuple[Any, dict[str, Any]]] = {
 # the cheaper settings: name -> (estimator, share of the validation batch, share of the train batch in the difference)
 CHEAPER = {
     "first order, validation 1/4": ("first order", 0.25, 1.0),
+    "first order, validation 1/8": ("first order", 0.125, 1.0),
     "first order, validation 1/16": ("first order", 0.0625, 1.0),
     "Sama, horizon 1, validation 1/4": ("Sama, horizon 1", 0.25, 1.0),
     "Sama, horizon 1, validation 1/16": ("Sama, horizon 1", 0.0625, 1.0),
@@ -53,7 +54,10 @@ CHEAPER = {
     "Sama, horizon 5, max_ratio 1, difference 1/2": ("Sama, horizon 5, max_ratio 1", 1.0, 0.5),
     "Sama, horizon 5, max_ratio 1, validation 1/4": ("Sama, horizon 5, max_ratio 1", 0.25, 1.0),
     "Sama, horizon 5, max_ratio 1, validation 1/4, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.25, 0.5),
+    "Sama, horizon 5, max_ratio 1, validation 1/8": ("Sama, horizon 5, max_ratio 1", 0.125, 1.0),
+    "Sama, horizon 5, max_ratio 1, validation 1/8, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.125, 0.5),
     "Sama, horizon 5, max_ratio 1, validation 1/16": ("Sama, horizon 5, max_ratio 1", 0.0625, 1.0),
+    "Sama, horizon 5, max_ratio 1, validation 1/16, difference 3/4": ("Sama, horizon 5, max_ratio 1", 0.0625, 0.75),
     "Sama, horizon 5, max_ratio 1, validation 1/16, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.0625, 0.5),
 }
 

@@ -127,9 +127,9 @@ def merged_weight(
     )
 
 
-def _multiplies(rows: Tensor, merged: Tensor) -> bool:
-    """Whether oneDNN multiplies the rows of a tensor [..., features] with the merged weight."""
-    return takes_onednn(rows.numel() // max(1, rows.shape[-1]), merged)
+def _multiplies(rows: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN multiplies the rows of a tensor [..., features] with a weight."""
+    return takes_onednn(rows.numel() // max(1, rows.shape[-1]), weight)
 
 
 def dora_linear(
@@ -140,15 +140,16 @@ def dora_linear(
     magnitude: Tensor,
     bias: Tensor | None,
     scaling: float,
-    merged: Tensor,
+    merged: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(x W'^T + bias [..., out], the norms [out]) with W' = magnitude * V / ||V||, which is written to `merged`.
+    """(x W'^T + bias [..., out], the norms [out]) with W' = magnitude * V / ||V||.
 
-    x [..., in] has the dtype of `merged`: the norms' or bf16, to which W' is then rounded with a fixed dither. `merged` has the
-    weight's orientation.
+    With `merged`, memory for W' in the weight's orientation, by one product with it: x [..., in] has the dtype of `merged`, the
+    norms' or bf16, to which W' is then rounded with a fixed dither. Without it by the frozen weight, of the norms' dtype as x is.
     """
+    weight = stored(weight)
     return torch.ops.bidora_native.dora_linear.default(  # type: ignore[no-any-return]
-        x, stored(weight), lora_A, lora_B, magnitude, bias, scaling, merged, _multiplies(x, merged)
+        x, weight, lora_A, lora_B, magnitude, bias, scaling, merged, _multiplies(x, weight if merged is None else merged)
     )
 
 
@@ -165,16 +166,19 @@ def dora_linear_backward(
     scaling: float,
     merged: Tensor | None,
     needs_direction: bool,
+    needs_x: bool,
     doubtful_ratio: float = DOUBTFUL_RATIO,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad_x, grad_lora_A, grad_lora_B, grad_magnitude, doubtful rows where there are some) of `dora_linear`.
 
-    `output` is its y: without it there is no magnitude's gradient. `merged`: memory for W', in dy's dtype; without it there is no
-    grad_x, which is a matrix where dy is not contiguous. Doubtful rows are those of `adapter_gradients`.
+    `output` is its y: without it there is no magnitude's gradient. `merged`: memory for W', in dy's dtype; without it grad_x is
+    computed by the frozen weight, of dy's dtype. grad_x is a matrix where dy is not contiguous. Doubtful rows are those of
+    `adapter_gradients`.
     """
+    weight = stored(weight)
     return torch.ops.bidora_native.dora_linear_backward.default(  # type: ignore[no-any-return]
-        grad_output, x, output, stored(weight), lora_A, lora_B, magnitude, norm, bias, scaling, merged, needs_direction,
-        doubtful_ratio, merged is not None and _multiplies(grad_output, merged),
+        grad_output, x, output, weight, lora_A, lora_B, magnitude, norm, bias, scaling, merged, needs_direction, needs_x,
+        doubtful_ratio, needs_x and _multiplies(grad_output, weight if merged is None else merged),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-// A layer's output through its merged weight, and its gradients; the operators that a training step calls.
+// A layer's output, by its merged weight or the frozen one, and its gradients; the operators that a training step calls.
 #include <array>
 #include <atomic>
 
@@ -11,6 +11,12 @@ namespace {
 constexpr int64_t kBlockElements = 98304;            // of x and g that a core's cache holds beside the factors and their sums
 constexpr int64_t kTile = 16;                        // rows that a transposition takes together
 constexpr int64_t kPartialBytes = int64_t(4) << 20;  // of a backward's partial sums, at most
+
+// magnitude / norm; a row without a length keeps its values
+template <typename T>
+T row_scale(T magnitude, T norm) {
+  return norm >= T(kNormFloor) ? magnitude / norm : T(1);
+}
 
 template <typename T>
 int64_t adapter_gradients_of(
@@ -47,7 +53,7 @@ int64_t adapter_gradients_of(
   const double smallest = with_magnitude && args.y.dtype == Dtype::f16 ? 0x1p-14 : 0.0;
   args.direction = direction, args.with_magnitude = with_magnitude, args.sizes = !from_updated && (offset != nullptr || smallest > 0);
   auto scale = buffer<T>(std::max<int64_t>(1, n));
-  for (int64_t i = 0; i < n; ++i) scale[i] = norms[i] >= T(kNormFloor) ? m[i] / norms[i] : T(1);
+  for (int64_t i = 0; i < n; ++i) scale[i] = row_scale(m[i], norms[i]);
   const int64_t padded_in = panel_count<T>(in) * k.panel, padded_out = panel_count<T>(n) * k.panel;
   Buffer<T> scaled_B, padded_bias;
   if (direction) {
@@ -151,6 +157,61 @@ Tensor unsafe_view(const Tensor& t, const std::vector<int64_t>& sizes) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+template <typename T>
+Tensor row_scales(const Tensor& magnitude, const Tensor& norm) {
+  const Tensor scale = torch::stable::empty_like(magnitude);
+  const int64_t n = magnitude.numel();
+  const T *m = values<T>(magnitude, "magnitude", n), *norms = values<T>(norm, "norm", n);
+  T* to = values<T>(scale, "scale", n);
+  for (int64_t i = 0; i < n; ++i) to[i] = row_scale(m[i], norms[i]);
+  return scale;
+}
+
+// g * scale, [tokens, out]
+template <typename T>
+Tensor scaled_rows(const Tensor& g, const Tensor& scale) {
+  const int64_t tokens = rows_of(g), n = scale.numel();
+  const Tensor result = torch::stable::new_empty(g, std::array<int64_t, 2>{tokens, n});
+  const Matrix from = matrix(g, "g", tokens, n);
+  const T *data = static_cast<const T*>(from.data), *factor = values<T>(scale, "scale", n);
+  T* to = values<T>(result, "result", tokens * n);
+  torch::stable::parallel_for(0, tokens, grain(n), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t i = 0; i < n; ++i) to[t * n + i] = data[t * from.stride + i] * factor[i];
+  });
+  return result;
+}
+
+// base [tokens, out] with a low-rank part: scale (base + scaling (x down^T) up^T) + bias, in place
+Tensor composed(
+    const Tensor& base, const Tensor& x, const Tensor& down, const Tensor& up, const Tensor& scale, const std::optional<Tensor>& bias,
+    double scaling) {
+  compose(base, std::nullopt, product(x, down, std::nullopt, false), up, scale, bias, scaling, base);
+  return base;
+}
+
+// x [tokens, in] by the frozen weight: c (x weight^T + scaling (x lora_A^T) lora_B^T) + bias
+template <typename T>
+Tensor by_frozen_weight(
+    const Tensor& x, const Tensor& weight, const Tensor& a, const Tensor& b, const Tensor& magnitude, const Tensor& norm,
+    const std::optional<Tensor>& bias, double scaling, bool onednn) {
+  return composed(product(x, weight, std::nullopt, onednn), x, a, b, row_scales<T>(magnitude, norm), bias, scaling);
+}
+
+// The gradient of x from g: (c g) weight + scaling ((c g) lora_B) lora_A, the same form of the transposed factors
+template <typename T>
+Tensor back_by_frozen_weight(
+    const Tensor& g, const Tensor& weight, const Tensor& a, const Tensor& b, const Tensor& magnitude, const Tensor& norm,
+    double scaling, bool onednn) {
+  const Tensor scaled = scaled_rows<T>(g, row_scales<T>(magnitude, norm));
+  const int64_t in = weight.size(1);
+  const Tensor ones = torch::stable::new_empty(magnitude, std::array<int64_t, 1>{in});
+  std::fill_n(values<T>(ones, "ones", in), in, T(1));
+  const Tensor down = torch::stable::transpose(b, 0, 1), up = torch::stable::contiguous(torch::stable::transpose(a, 0, 1));
+  const Tensor base = product(scaled, torch::stable::transpose(weight, 0, 1), std::nullopt, onednn);
+  return composed(base, scaled, down, up, ones, std::nullopt, scaling);
+}
+
 }  // namespace
 
 int64_t adapter_gradients(
@@ -164,18 +225,26 @@ int64_t adapter_gradients(
 
 std::tuple<Tensor, Tensor> dora_linear(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-    std::optional<Tensor> bias, double scaling, const Tensor& merged, bool onednn) {
-  STD_TORCH_CHECK(x.dim() >= 2 && weight.dim() == 2 && merged.dim() == 2, "x must be [..., in], weight and merged matrices");
-  STD_TORCH_CHECK(x.scalar_type() == merged.scalar_type(), "x and merged must have the same dtype");
+    std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged, bool onednn) {
+  STD_TORCH_CHECK(x.dim() >= 2 && weight.dim() == 2, "x must be [..., in], weight a matrix");
+  STD_TORCH_CHECK(x.scalar_type() == merged.value_or(weight).scalar_type(), "x must have the dtype of what it is multiplied with");
   STD_TORCH_CHECK(x.size(x.dim() - 1) == weight.size(1), "x must be [..., ", weight.size(1), "], got [..., ", x.size(x.dim() - 1), "]");
   const ScalarType dtype = accumulating(weight);
-  const Tensor m = constant(magnitude, dtype), norm = torch::stable::empty_like(m);
-  const bool dither = merged.scalar_type() == ScalarType::BFloat16;
-  merged_weight(weight, constant(lora_A, dtype), constant(lora_B, dtype), m, scaling, norm, false, false, merged, dither);
-  if (bias.has_value()) bias = constant(*bias, merged.scalar_type());
+  const Tensor a = constant(lora_A, dtype), b = constant(lora_B, dtype), m = constant(magnitude, dtype);
+  const Tensor norm = torch::stable::empty_like(m);
+  if (bias.has_value()) bias = constant(*bias, x.scalar_type());
   const std::array<int64_t, 2> flat{rows_of(x), weight.size(1)};
   const Tensor matrix = x.dim() == 2 ? x : torch::stable::reshape(x, flat);
-  const Tensor y = product(matrix, merged, bias, onednn);
+  const auto computed = [&] {
+    if (!merged.has_value()) {
+      weight_norm(weight, a, b, scaling, norm);
+      const auto run = dtype == ScalarType::Double ? by_frozen_weight<double> : by_frozen_weight<float>;
+      return run(matrix, weight, a, b, m, norm, bias, scaling, onednn);
+    }
+    merged_weight(weight, a, b, m, scaling, norm, false, false, *merged, merged->scalar_type() == ScalarType::BFloat16);
+    return product(matrix, *merged, bias, onednn);
+  };
+  const Tensor y = computed();
   if (x.dim() == 2) return {y, norm};
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
@@ -187,7 +256,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, 
 dora_linear_backward(
     const Tensor& g, const Tensor& x, std::optional<Tensor> y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged,
-    bool needs_direction, double doubtful_ratio, bool onednn) {
+    bool needs_direction, bool needs_x, double doubtful_ratio, bool onednn) {
   const ScalarType dtype = accumulating(weight);
   const Tensor a = constant(lora_A, dtype), b = constant(lora_B, dtype), m = constant(magnitude, dtype), n = constant(norm, dtype);
   const Tensor grad = with_rows(g);
@@ -204,11 +273,14 @@ dora_linear_backward(
         needs_direction ? with_rows(x) : x, grad, y, a, b, m, n, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful, doubtful_ratio, false);
     if (count == 0) doubtful = std::nullopt;
   }
+  if (!needs_x) return {grad_x, grad_A, grad_B, grad_magnitude, doubtful};
+  STD_TORCH_CHECK(grad.scalar_type() == merged.value_or(weight).scalar_type(), "g must have the dtype of what it is multiplied with");
   if (merged.has_value()) {
-    STD_TORCH_CHECK(grad.scalar_type() == merged->scalar_type(), "g and merged must have the same dtype");
-    const bool dither = merged->scalar_type() == ScalarType::BFloat16;
-    merged_weight(weight, a, b, m, scaling, n, true, false, *merged, dither);
+    merged_weight(weight, a, b, m, scaling, n, true, false, *merged, merged->scalar_type() == ScalarType::BFloat16);
     grad_x = product(grad, torch::stable::transpose(*merged, 0, 1), std::nullopt, onednn);
+  } else {
+    const auto run = dtype == ScalarType::Double ? back_by_frozen_weight<double> : back_by_frozen_weight<float>;
+    grad_x = run(grad, weight, a, b, m, n, scaling, onednn);
   }
   return {grad_x, grad_A, grad_B, grad_magnitude, doubtful};
 }

@@ -67,12 +67,12 @@ void weight_pass(
   });
 }
 
+}  // namespace
+
 void weight_norm(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, const Tensor& norm) {
   auto pass = is_double(norm) ? weight_pass<double> : weight_pass<float>;
   pass(weight, lora_A, lora_B, std::nullopt, scaling, norm, false, false, std::nullopt, false);
 }
-
-}  // namespace
 
 void merged_weight(
     const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, std::optional<Tensor> magnitude, double scaling,
@@ -157,12 +157,16 @@ void compose_of(
   });
 }
 
+}  // namespace
+
 void compose(
     const Tensor& base, std::optional<Tensor> base_dropped, const Tensor& hidden, const Tensor& lora_B, const Tensor& scale,
     std::optional<Tensor> bias, double scaling, const Tensor& out) {
   auto run = is_double(scale) ? compose_of<double> : compose_of<float>;
   run(base, base_dropped, hidden, lora_B, scale, bias, scaling, out);
 }
+
+namespace {
 
 template <typename T>
 void few_tokens_of(
@@ -231,11 +235,11 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
       "Tensor(d!)? doubtful, float doubtful_ratio, bool from_updated) -> int");
   m.def(
       "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, float scaling, "
-      "Tensor(a!) merged, bool onednn) -> (Tensor, Tensor)");
+      "Tensor(a!)? merged, bool onednn) -> (Tensor, Tensor)");
   m.def(
       "dora_linear_backward(Tensor g, Tensor x, Tensor? y, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
-      "Tensor norm, Tensor? bias, float scaling, Tensor(a!)? merged, bool needs_direction, float doubtful_ratio, "
-      "bool onednn) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+      "Tensor norm, Tensor? bias, float scaling, Tensor(a!)? merged, bool needs_direction, bool needs_x, "
+      "float doubtful_ratio, bool onednn) -> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
   m.def(
       "direction_backward(Tensor weight, Tensor? grad, Tensor lora_A, Tensor lora_B, Tensor? magnitude, float scaling, "
       "Tensor norm, Tensor? grad_norm, Tensor(a!) grad_A, Tensor(b!) grad_B, Tensor(c!)? grad_magnitude) -> ()");

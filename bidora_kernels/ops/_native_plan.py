@@ -79,10 +79,10 @@ def fits_workspace(weight: Tensor, operands: torch.dtype) -> bool:
     return out_features <= rows_per_block(in_features, operands)
 
 
-def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward: bool) -> torch.dtype | None:
-    """The dtype of W' where one product with all of it is the layer's output, or its gradient of x; else None.
+def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward: bool) -> tuple[torch.dtype, bool] | None:
+    """(The operands' dtype, whether W' is written) where one operator computes the layer's output, or its gradient of x.
 
-    That is the usual call of a training step, for which one operator does everything.
+    That is the usual call of a training step. None where the weight is taken in parts, or only another dtype's copy of it.
     """
     if x.dim() < 2:
         return None
@@ -90,8 +90,9 @@ def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward:
     if not backward and takes_few_tokens(tokens, weight, dtype, norm_known=False):
         return None
     operands = torch.bfloat16 if in_bf16(product_dtype, weight, dropped=False) else dtype
-    merges = takes_weight_plan(tokens, weight, operands, norm_known=backward, backward=backward)
-    return operands if merges and fits_workspace(weight, operands) else None
+    if not takes_weight_plan(tokens, weight, operands, norm_known=backward, backward=backward):
+        return operands, False
+    return (operands, True) if fits_workspace(weight, operands) else None
 
 
 def kept_dtype(
@@ -198,9 +199,10 @@ def forward(
     y is [tokens, out] or [..., out] as x is [..., in].
     """
     if norm is None and x_dropped is None and not precise:
-        operands = whole_layer(x, weight, product_dtype, backward=False)
-        if operands is not None:
-            block = workspace(weight.shape[0], weight.shape[1], operands, native.is_transposed(weight))
+        whole = whole_layer(x, weight, product_dtype, backward=False)
+        if whole is not None:
+            operands, merges = whole
+            block = workspace(weight.shape[0], weight.shape[1], operands, native.is_transposed(weight)) if merges else None
             y, norm = native.dora_linear(as_dtype(x, operands), weight, lora_A, lora_B, magnitude, bias, scaling, block)
             return as_dtype(y, out_dtype), norm, None, ()
     x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
@@ -305,21 +307,22 @@ def _backward(
     bf16 = in_bf16(product_dtype, weight, dropped)
     bias = added_bias(bias, bf16)
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = doubtful = None
-    whole = False
+    whole = None
     if not (dropped or by_library or x.dim() < 2 or (needs_output and kept is None)):
-        whole = not needs_x or whole_layer(x, weight, product_dtype, backward=True) is grad_output.dtype
-    if whole:
-        block = workspace(weight.shape[0], weight.shape[1], grad_output.dtype, native.is_transposed(weight)) if needs_x else None
+        whole = whole_layer(x, weight, product_dtype, backward=True) if needs_x else (grad_output.dtype, False)
+        whole = None if whole is not None and whole[0] is not grad_output.dtype else whole
+    if whole is not None:
+        block = workspace(weight.shape[0], weight.shape[1], whole[0], native.is_transposed(weight)) if whole[1] else None
         grad_x, grad_A, grad_B, grad_magnitude, doubtful = native.dora_linear_backward(
             grad_output, x, kept if needs_output else None, weight, lora_A, lora_B, magnitude, norm, bias, scaling, block,
-            needs_direction,
+            needs_direction, needs_x,
         )  # fmt: skip
         if doubtful is None and not through_norm:
             return grad_x, None, grad_A, grad_B, grad_magnitude
     layer = Layer(weight, lora_A, lora_B, magnitude, bias, scaling, bf16)
     norm = layer.constant(norm)
     g = rows(flatten(grad_output))
-    if not whole and (needs_direction or needs_magnitude):
+    if whole is None and (needs_direction or needs_magnitude):
         inputs, subtracted = rows(flatten(x)), None if dropped else layer.bias
         if not needs_output:
             kept = None
@@ -340,7 +343,7 @@ def _backward(
         grad_norm = -reference.row_scale(layer.magnitude, norm) * grad_magnitude
         norm_A, norm_B, _ = native.direction_backward(weight, None, layer.lora_A, layer.lora_B, None, scaling, norm, grad_norm)
         grad_A, grad_B = grad_A.add_(norm_A), grad_B.add_(norm_B)
-    if not whole and (needs_x or needs_dropped):
+    if whole is None and (needs_x or needs_dropped):
         g = rows(g if g.dtype is layer.operands else g.to(layer.operands))
         if dropped:
             grad_x = _product(g, layer.frozen_blocks(), weight.shape[1]) if needs_x else None

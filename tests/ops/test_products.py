@@ -54,7 +54,7 @@ def test_a_layer_by_onednn(
     if dropped:
         assert products == (4 if dense else 1)
     else:
-        assert products == (0 if shape == FROZEN and not dense else 2)
+        assert products == (0 if shape == FROZEN and layout == "sliced" else 2)  # a strided weight was copied without gaps
 
 
 def test_eval_mode_by_onednn(by_onednn: None) -> None:

@@ -141,16 +141,18 @@ def dora_linear(
     bias: Tensor | None,
     scaling: float,
     merged: Tensor | None,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x W'^T + bias [..., out], the norms [out]) with W' = magnitude * V / ||V||.
+    """(x W'^T + bias [..., out], the norms [out]) with W' = magnitude * V / ||V||; norms that are known are given.
 
     With `merged`, memory for W' in the weight's orientation, by one product with it: x [..., in] has the dtype of `merged`, the
     norms' or bf16, to which W' is then rounded with a fixed dither. Without it by the frozen weight, of the norms' dtype as x is.
     """
     weight = stored(weight)
-    return torch.ops.bidora_native.dora_linear.default(  # type: ignore[no-any-return]
-        x, weight, lora_A, lora_B, magnitude, bias, scaling, merged, _multiplies(x, weight if merged is None else merged)
+    y, found = torch.ops.bidora_native.dora_linear.default(
+        x, weight, lora_A, lora_B, magnitude, bias, scaling, merged, norm, _multiplies(x, weight if merged is None else merged)
     )
+    return y, found if norm is None else norm
 
 
 def dora_linear_backward(
@@ -171,11 +173,11 @@ def dora_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """(grad_x, grad_lora_A, grad_lora_B, grad_magnitude, doubtful rows where there are some) of `dora_linear`.
 
-    `output` is its y: without it there is no magnitude's gradient. `merged`: memory for W', in dy's dtype; without it grad_x is
-    computed by the frozen weight, of dy's dtype. grad_x is a matrix where dy is not contiguous. Doubtful rows are those of
-    `adapter_gradients`.
+    `output` is its y: without it there is no magnitude's gradient. grad_x is by W' with `merged`, memory for it in dy's dtype,
+    and then of dy's shape where that is contiguous, else a matrix; without it by the frozen weight, of dy's dtype, and a matrix.
+    Doubtful rows are those of `adapter_gradients`.
     """
-    weight = stored(weight)
+    weight = stored(weight) if needs_x else weight
     return torch.ops.bidora_native.dora_linear_backward.default(  # type: ignore[no-any-return]
         grad_output, x, output, weight, lora_A, lora_B, magnitude, norm, bias, scaling, merged, needs_direction, needs_x,
         doubtful_ratio, needs_x and _multiplies(grad_output, weight if merged is None else merged),

@@ -198,7 +198,8 @@ Tensor by_frozen_weight(
   return composed(product(x, weight, std::nullopt, onednn), x, a, b, row_scales<T>(magnitude, norm), bias, scaling);
 }
 
-// The gradient of x from g: (c g) weight + scaling ((c g) lora_B) lora_A, the same form of the transposed factors
+// The gradient of x from g: (c g) weight + scaling ((c g) lora_B) lora_A. That is the same form of the transposed factors without
+// a scale of its own, which `compose` wants: a vector of ones.
 template <typename T>
 Tensor back_by_frozen_weight(
     const Tensor& g, const Tensor& weight, const Tensor& a, const Tensor& b, const Tensor& magnitude, const Tensor& norm,
@@ -212,6 +213,26 @@ Tensor back_by_frozen_weight(
   return composed(base, scaled, down, up, ones, std::nullopt, scaling);
 }
 
+// The merged weight, written to `merged`; a bf16 one is dithered
+void merge(
+    const Tensor& weight, const Tensor& a, const Tensor& b, const Tensor& magnitude, double scaling, const Tensor& norm,
+    bool norm_known, const Tensor& merged) {
+  merged_weight(weight, a, b, magnitude, scaling, norm, norm_known, false, merged, merged.scalar_type() == ScalarType::BFloat16);
+}
+
+// That the operands fit each other: rows [..., features] of the dtype that they are multiplied in, factors of the weight's shape
+void check_operands(
+    const char* name, const Tensor& rows, int64_t features, const Tensor& weight, const Tensor& a, const Tensor& b,
+    const std::optional<Tensor>& merged) {
+  STD_TORCH_CHECK(rows.dim() >= 2 && rows.size(rows.dim() - 1) == features, name, " must be [..., ", features, "]");
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == weight.size(1) && b.size(0) == weight.size(0) && a.size(0) == b.size(1),
+                  "lora_A and lora_B must be [r, ", weight.size(1), "] and [", weight.size(0), ", r]");
+  const ScalarType dtype = accumulating(weight);
+  STD_TORCH_CHECK(merged.has_value() || weight.scalar_type() == dtype, "without merged the weight must be fp32 or fp64");
+  const ScalarType operands = merged.has_value() ? merged->scalar_type() : dtype;
+  STD_TORCH_CHECK(rows.scalar_type() == operands, name, " must have the dtype that it is multiplied in");
+}
+
 }  // namespace
 
 int64_t adapter_gradients(
@@ -223,33 +244,33 @@ int64_t adapter_gradients(
       x, g, y, lora_A, lora_B, magnitude, norm, bias, scaling, grad_A, grad_B, grad_magnitude, doubtful, doubtful_ratio, from_updated);
 }
 
-std::tuple<Tensor, Tensor> dora_linear(
+std::tuple<Tensor, std::optional<Tensor>> dora_linear(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-    std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged, bool onednn) {
-  STD_TORCH_CHECK(x.dim() >= 2 && weight.dim() == 2, "x must be [..., in], weight a matrix");
-  STD_TORCH_CHECK(x.scalar_type() == merged.value_or(weight).scalar_type(), "x must have the dtype of what it is multiplied with");
-  STD_TORCH_CHECK(x.size(x.dim() - 1) == weight.size(1), "x must be [..., ", weight.size(1), "], got [..., ", x.size(x.dim() - 1), "]");
+    std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged, std::optional<Tensor> norm_given, bool onednn) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must be a matrix");
   const ScalarType dtype = accumulating(weight);
   const Tensor a = constant(lora_A, dtype), b = constant(lora_B, dtype), m = constant(magnitude, dtype);
-  const Tensor norm = torch::stable::empty_like(m);
+  check_operands("x", x, weight.size(1), weight, a, b, merged);
+  const bool known = norm_given.has_value();
+  const Tensor norm = known ? constant(*norm_given, dtype) : torch::stable::empty_like(m);
   if (bias.has_value()) bias = constant(*bias, x.scalar_type());
   const std::array<int64_t, 2> flat{rows_of(x), weight.size(1)};
   const Tensor matrix = x.dim() == 2 ? x : torch::stable::reshape(x, flat);
-  const auto computed = [&] {
-    if (!merged.has_value()) {
-      weight_norm(weight, a, b, scaling, norm);
-      const auto run = dtype == ScalarType::Double ? by_frozen_weight<double> : by_frozen_weight<float>;
-      return run(matrix, weight, a, b, m, norm, bias, scaling, onednn);
-    }
-    merged_weight(weight, a, b, m, scaling, norm, false, false, *merged, merged->scalar_type() == ScalarType::BFloat16);
-    return product(matrix, *merged, bias, onednn);
-  };
-  const Tensor y = computed();
-  if (x.dim() == 2) return {y, norm};
+  if (merged.has_value()) {
+    merge(weight, a, b, m, scaling, norm, known, *merged);
+  } else if (!known) {
+    weight_norm(weight, a, b, scaling, norm);
+  }
+  const auto by_frozen = dtype == ScalarType::Double ? by_frozen_weight<double> : by_frozen_weight<float>;
+  const Tensor y = merged.has_value() ? product(matrix, *merged, bias, onednn)
+                                      : by_frozen(matrix, weight, a, b, m, norm, bias, scaling, onednn);
+  std::optional<Tensor> found;
+  if (!known) found = norm;
+  if (x.dim() == 2) return {y, found};
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(weight.size(0));
-  return {unsafe_view(y, sizes), norm};
+  return {unsafe_view(y, sizes), found};
 }
 
 std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
@@ -257,8 +278,10 @@ dora_linear_backward(
     const Tensor& g, const Tensor& x, std::optional<Tensor> y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
     const Tensor& magnitude, const Tensor& norm, std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged,
     bool needs_direction, bool needs_x, double doubtful_ratio, bool onednn) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must be a matrix");
   const ScalarType dtype = accumulating(weight);
   const Tensor a = constant(lora_A, dtype), b = constant(lora_B, dtype), m = constant(magnitude, dtype), n = constant(norm, dtype);
+  if (needs_x) check_operands("g", g, weight.size(0), weight, a, b, merged);
   const Tensor grad = with_rows(g);
   std::optional<Tensor> grad_x, grad_A, grad_B, grad_magnitude, doubtful;
   if (needs_direction) grad_A = torch::stable::empty_like(a), grad_B = torch::stable::empty_like(b);
@@ -274,9 +297,8 @@ dora_linear_backward(
     if (count == 0) doubtful = std::nullopt;
   }
   if (!needs_x) return {grad_x, grad_A, grad_B, grad_magnitude, doubtful};
-  STD_TORCH_CHECK(grad.scalar_type() == merged.value_or(weight).scalar_type(), "g must have the dtype of what it is multiplied with");
   if (merged.has_value()) {
-    merged_weight(weight, a, b, m, scaling, n, true, false, *merged, merged->scalar_type() == ScalarType::BFloat16);
+    merge(weight, a, b, m, scaling, n, true, *merged);
     grad_x = product(grad, torch::stable::transpose(*merged, 0, 1), std::nullopt, onednn);
   } else {
     const auto run = dtype == ScalarType::Double ? back_by_frozen_weight<double> : back_by_frozen_weight<float>;

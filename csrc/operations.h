@@ -35,15 +35,16 @@ Tensor nonzero_rows(const Tensor& t, int64_t multiple);
 // x weight^T + bias [..., out] of tensors of one dtype; oneDNN takes fp32
 Tensor product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool onednn);
 
-// (y [..., out], the norms) of x [..., in]: with `merged` by one product with the merged weight, which is written there, x being of
-// the same dtype; without it by the frozen weight, x and it being of the norms' dtype.
-std::tuple<Tensor, Tensor> dora_linear(
+// (y [..., out], the norms unless they were given) of x [..., in]: with `merged` by one product with the merged weight, which is
+// written there, x being of the same dtype; without it by the frozen weight, both being of the norms' dtype. To be called below
+// autograd and without autocast, as its backward is.
+std::tuple<Tensor, std::optional<Tensor>> dora_linear(
     const Tensor& x, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-    std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged, bool onednn);
+    std::optional<Tensor> bias, double scaling, std::optional<Tensor> merged, std::optional<Tensor> norm_given, bool onednn);
 
 // (grad_x, grad_A, grad_B, grad_magnitude, doubtful rows where there are some), absent where they are not asked for: grad_x by
-// `merged`, memory for the merged weight, or by the frozen one; the magnitude's by y. grad_x is [..., in], or a matrix where g is
-// not contiguous.
+// `merged`, memory for the merged weight, or by the frozen one; the magnitude's by y. grad_x is of g's dimensions with `merged` and
+// a contiguous g, else a matrix.
 std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>
 dora_linear_backward(
     const Tensor& g, const Tensor& x, std::optional<Tensor> y, const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,

@@ -235,7 +235,7 @@ STABLE_TORCH_LIBRARY(bidora_native, m) {
       "Tensor(d!)? doubtful, float doubtful_ratio, bool from_updated) -> int");
   m.def(
       "dora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, float scaling, "
-      "Tensor(a!)? merged, bool onednn) -> (Tensor, Tensor)");
+      "Tensor(a!)? merged, Tensor? norm_given, bool onednn) -> (Tensor, Tensor?)");
   m.def(
       "dora_linear_backward(Tensor g, Tensor x, Tensor? y, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
       "Tensor norm, Tensor? bias, float scaling, Tensor(a!)? merged, bool needs_direction, bool needs_x, "

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +187,39 @@ class TestRefusals:
         o = self.operands() | {"x": torch.randn(3, 8), "scale": torch.ones(6), "out": torch.empty(3, 6)} | {name: value}
         with pytest.raises(RuntimeError, match=message):
             torch.ops.bidora_native.few_tokens(o["x"], o["weight"], o["lora_A"], o["lora_B"], o["scale"], None, 1.0, o["out"])
+
+    @pytest.mark.parametrize("merged", [None, torch.empty(6, 8)], ids=["frozen", "merged"])
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("rows", torch.randn(3, 7), r"must be \[\.\.\., "),
+            ("rows", torch.randn(8), r"must be \[\.\.\., "),
+            ("rows", "bf16", "must have the dtype that it is multiplied in"),
+            ("lora_A", torch.randn(8, 2), r"lora_A and lora_B must be \[r, 8\] and \[6, r\]"),
+            ("lora_B", torch.randn(2, 6), r"lora_A and lora_B must be \[r, 8\] and \[6, r\]"),
+            ("norm", torch.ones(5), "norm must have 6 elements, got 5"),
+            ("bias", torch.ones(5), "bias must have 6 elements|size of tensor|API call failed"),
+        ],
+    )
+    def test_a_layer(self, name: str, value: Any, message: str, merged: torch.Tensor | None) -> None:
+        o = self.operands() | {"rows": torch.randn(3, 8), "norm": torch.ones(6), "bias": None}
+        o |= {name: o["rows"].bfloat16() if isinstance(value, str) else value}
+        factors = o["lora_A"], o["lora_B"], torch.ones(6)
+        with pytest.raises((RuntimeError, IndexError), match=message):
+            native.dora_linear(o["rows"], o["weight"], *factors, o["bias"], 1.0, merged, o["norm"])
+        if name == "bias":
+            return  # which the backward reads for the magnitude's gradient alone
+        if isinstance(value, str):
+            o["rows"] = torch.randn(3, 6).bfloat16()
+        elif name != "rows":
+            o["rows"] = torch.randn(3, 6)
+        x = torch.randn(3, 8)
+        with pytest.raises((RuntimeError, IndexError), match=message):
+            native.dora_linear_backward(
+                o["rows"], x, None, o["weight"], *factors, o["norm"], None, 1.0, merged, needs_direction=False, needs_x=True
+            )
+
+    def test_a_layer_by_a_frozen_weight_of_16_bits(self) -> None:
+        o, m = {name: value.bfloat16() for name, value in self.operands().items()}, torch.ones(6)
+        with pytest.raises(RuntimeError, match="without merged the weight must be fp32 or fp64"):
+            native.dora_linear(torch.randn(3, 8), o["weight"], o["lora_A"], o["lora_B"], m, None, 1.0, None)

@@ -7,7 +7,7 @@ few the second; `weight_plan_pays` counts the bytes. Up to FEW_TOKENS one kernel
 Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16-bit layers: W' in fp32 loses no small update,
 and inputs are not rounded to the product dtype. But where the processor has bf16 instructions, which multiply four times as fast,
 a bf16 pass takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout, precise passes and the forward that one
-kernel does for few tokens stay in fp32. Which library multiplies in fp32 is `native.product`'s choice.
+kernel does for few tokens stay in fp32. Which library multiplies in fp32 is `native.takes_onednn`'s choice.
 
 A token whose output has no gradient adds nothing to any gradient. Where a quarter of the tokens or more are such, a backward pass
 that takes a product leaves them out: padding, and in the last layers what nothing reads there, the tokens beside the one that a
@@ -79,18 +79,21 @@ def fits_workspace(weight: Tensor, operands: torch.dtype) -> bool:
     return out_features <= rows_per_block(in_features, operands)
 
 
-def whole_layer(x: Tensor, weight: Tensor, product_dtype: torch.dtype, backward: bool) -> tuple[torch.dtype, bool] | None:
+def whole_layer(
+    x: Tensor, weight: Tensor, product_dtype: torch.dtype, norm_known: bool, backward: bool
+) -> tuple[torch.dtype, bool] | None:
     """(The operands' dtype, whether W' is written) where one operator computes the layer's output, or its gradient of x.
 
-    That is the usual call of a training step. None where the weight is taken in parts, or only another dtype's copy of it.
+    That is the usual call of a training step. None for a vector, for few tokens, whose output one kernel computes, and where W'
+    is written in parts.
     """
     if x.dim() < 2:
         return None
     tokens, dtype = x.numel() // max(1, weight.shape[1]), reference.norm_dtype(weight)
-    if not backward and takes_few_tokens(tokens, weight, dtype, norm_known=False):
+    if not backward and takes_few_tokens(tokens, weight, dtype, norm_known):
         return None
     operands = torch.bfloat16 if in_bf16(product_dtype, weight, dropped=False) else dtype
-    if not takes_weight_plan(tokens, weight, operands, norm_known=backward, backward=backward):
+    if not takes_weight_plan(tokens, weight, operands, norm_known, backward):
         return operands, False
     return (operands, True) if fits_workspace(weight, operands) else None
 
@@ -198,12 +201,12 @@ def forward(
 
     y is [tokens, out] or [..., out] as x is [..., in].
     """
-    if norm is None and x_dropped is None and not precise:
-        whole = whole_layer(x, weight, product_dtype, backward=False)
+    if x_dropped is None and not precise:
+        whole = whole_layer(x, weight, product_dtype, norm is not None, backward=False)
         if whole is not None:
             operands, merges = whole
             block = workspace(weight.shape[0], weight.shape[1], operands, native.is_transposed(weight)) if merges else None
-            y, norm = native.dora_linear(as_dtype(x, operands), weight, lora_A, lora_B, magnitude, bias, scaling, block)
+            y, norm = native.dora_linear(as_dtype(x, operands), weight, lora_A, lora_B, magnitude, bias, scaling, block, norm)
             return as_dtype(y, out_dtype), norm, None, ()
     x, out_features, norm_known = flatten(x), weight.shape[0], norm is not None
     dtype = reference.norm_dtype(weight)
@@ -307,12 +310,13 @@ def _backward(
     bf16 = in_bf16(product_dtype, weight, dropped)
     bias = added_bias(bias, bf16)
     grad_x = grad_dropped = grad_A = grad_B = grad_magnitude = doubtful = None
-    whole = None
+    whole = False
     if not (dropped or by_library or x.dim() < 2 or (needs_output and kept is None)):
-        whole = whole_layer(x, weight, product_dtype, backward=True) if needs_x else (grad_output.dtype, False)
-        whole = None if whole is not None and whole[0] is not grad_output.dtype else whole
-    if whole is not None:
-        block = workspace(weight.shape[0], weight.shape[1], whole[0], native.is_transposed(weight)) if whole[1] else None
+        found = whole_layer(x, weight, product_dtype, norm_known=True, backward=True) if needs_x else None
+        whole = not needs_x or (found is not None and found[0] is grad_output.dtype)
+    if whole:
+        merges = found is not None and found[1]
+        block = workspace(weight.shape[0], weight.shape[1], grad_output.dtype, native.is_transposed(weight)) if merges else None
         grad_x, grad_A, grad_B, grad_magnitude, doubtful = native.dora_linear_backward(
             grad_output, x, kept if needs_output else None, weight, lora_A, lora_B, magnitude, norm, bias, scaling, block,
             needs_direction, needs_x,
@@ -322,7 +326,7 @@ def _backward(
     layer = Layer(weight, lora_A, lora_B, magnitude, bias, scaling, bf16)
     norm = layer.constant(norm)
     g = rows(flatten(grad_output))
-    if whole is None and (needs_direction or needs_magnitude):
+    if not whole and (needs_direction or needs_magnitude):
         inputs, subtracted = rows(flatten(x)), None if dropped else layer.bias
         if not needs_output:
             kept = None
@@ -343,7 +347,7 @@ def _backward(
         grad_norm = -reference.row_scale(layer.magnitude, norm) * grad_magnitude
         norm_A, norm_B, _ = native.direction_backward(weight, None, layer.lora_A, layer.lora_B, None, scaling, norm, grad_norm)
         grad_A, grad_B = grad_A.add_(norm_A), grad_B.add_(norm_B)
-    if whole is None and (needs_x or needs_dropped):
+    if not whole and (needs_x or needs_dropped):
         g = rows(g if g.dtype is layer.operands else g.to(layer.operands))
         if dropped:
             grad_x = _product(g, layer.frozen_blocks(), weight.shape[1]) if needs_x else None

@@ -17,6 +17,7 @@ from torch import Tensor
 import bidora_kernels as bk
 
 FEW = 100  # numbers: fewer do not tell an error's usual size
+MERGED, FROZEN = (24, 40, 3, (2, 9)), (64, 64, 3, (17,))  # shapes of fp32 layers by the weight that they multiply with, both ways
 LEAVES = ("x", "x_dropped", "lora_A", "lora_B", "magnitude")
 
 

@@ -13,7 +13,7 @@ import bidora_kernels as bk
 from bidora_kernels import native
 from bidora_kernels.ops import _native_plan, _workspace
 
-from .draws import draw, run, violations
+from .draws import FROZEN, MERGED, draw, run, violations
 
 pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason=str(native.why_unavailable()))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -21,9 +21,12 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["rows", "transposed", "sliced", "strided"])
+@pytest.mark.parametrize("shape", [MERGED, FROZEN], ids=str)
 @pytest.mark.parametrize(("dropped", "detach_norm", "bias", "norm_known"), list(itertools.product([False, True], repeat=4)))
-def test_every_variant(dtype: torch.dtype, layout: str, dropped: bool, detach_norm: bool, bias: bool, norm_known: bool) -> None:
-    call = draw(1, dtype=dtype, layout=layout, dropped=dropped, detach_norm=detach_norm, bias=bias, norm_known=norm_known)
+def test_every_variant(
+    shape: tuple[Any, ...], dtype: torch.dtype, layout: str, dropped: bool, detach_norm: bool, bias: bool, norm_known: bool
+) -> None:
+    call = draw(1, *shape, dtype=dtype, layout=layout, dropped=dropped, detach_norm=detach_norm, bias=bias, norm_known=norm_known)
     assert violations(call, run(call, "native")) == []
 
 
@@ -165,8 +168,9 @@ def test_a_zero_row(dropped: bool, detach_norm: bool, moved: bool) -> None:
 @pytest.mark.parametrize("needs", [(), ("direction",), ("magnitude",)])
 @pytest.mark.parametrize("detach_norm", [True, False])
 @pytest.mark.parametrize("dropped", [True, False])
+@pytest.mark.parametrize("shape", [MERGED, FROZEN], ids=str)
 def test_a_pass_computes_what_it_needs(
-    needs: tuple[str, ...], detach_norm: bool, dropped: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[Any, ...], needs: tuple[str, ...], detach_norm: bool, dropped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
@@ -181,7 +185,7 @@ def test_a_pass_computes_what_it_needs(
 
     watch("adapter_gradients", 9)
     watch("dora_linear_backward", 11)
-    call = draw(9, detach_norm=detach_norm, dropped=dropped)
+    call = draw(9, *shape, detach_norm=detach_norm, dropped=dropped)
     ours = run(call, "native", needs)
     assert violations(call, ours) == []
     reads_output = "magnitude" in needs or ("direction" in needs and not detach_norm)
@@ -285,8 +289,11 @@ def test_what_has_no_rule_says_which_backend_has_one() -> None:
 @pytest.mark.parametrize("weight_dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("x_dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
-def test_mixed_dtypes_and_autocast(weight_dtype: torch.dtype, x_dtype: torch.dtype, autocast: torch.dtype | None) -> None:
-    call = draw(14, dtype=torch.float32)
+@pytest.mark.parametrize("shape", [MERGED, FROZEN], ids=str)
+def test_mixed_dtypes_and_autocast(
+    shape: tuple[Any, ...], weight_dtype: torch.dtype, x_dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    call = draw(14, *shape, dtype=torch.float32)
     call.x, call.weight = call.x.to(x_dtype), call.weight.to(weight_dtype)
     with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
         ours, reference = run(call, "native"), run(call, "reference")
@@ -348,8 +355,9 @@ def test_threads_do_not_share_a_workspace() -> None:
 
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dropped: bool, dtype: torch.dtype) -> None:
-    call = draw(17, dtype=dtype, dropped=dropped)
+@pytest.mark.parametrize("shape", [MERGED, FROZEN], ids=str)
+def test_opcheck(shape: tuple[Any, ...], dropped: bool, dtype: torch.dtype) -> None:
+    call = draw(17, *shape, dtype=dtype, dropped=dropped)
     leaves = [t.detach().requires_grad_() for t in (call.x, call.lora_A, call.lora_B, call.magnitude)]
     torch.library.opcheck(
         torch.ops.bidora_kernels.dora_linear.default,

@@ -1,8 +1,9 @@
-"""Which library multiplies for the native backend, and that either gives the layer's numbers."""
+"""Which operator and which library multiply for the native backend, and that either library gives the layer's numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import bidora_kernels as bk
 from bidora_kernels import native
 from bidora_kernels.ops import _workspace
 
-from .draws import draw, run, violations
+from .draws import FROZEN, MERGED, draw, run, violations
 
 OPERATOR = "mkldnn::_linear_pointwise"
 pytestmark = [
@@ -37,7 +38,35 @@ def count(call: object, backend: str = "native") -> tuple[dict[str, torch.Tensor
 
 
 SHAPES = [(24, 40, 3, (2, 90)), (17, 33, 1, (70,)), (40, 17, 20, (3, 5, 7)), (24, 40, 3, (17,)), (64, 64, 3, (17,))]
-FROZEN = (64, 64, 3, (17,))  # so few tokens take the products with the frozen weight
+
+
+@pytest.mark.parametrize("norm_known", [False, True])
+@pytest.mark.parametrize(("shape", "merges"), [(MERGED, True), (FROZEN, False)], ids=["merged", "frozen"])
+def test_a_training_layer_is_one_operator_each_way(
+    shape: tuple[Any, ...], merges: bool, norm_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watch(name: str, merged: int) -> None:
+        original = getattr(native, name)
+
+        def watched(*args: Any) -> Any:
+            seen.append((name, args[merged] is not None))
+            return original(*args)
+
+        monkeypatch.setattr(native, name, watched)
+
+    watch("dora_linear", 7)
+    watch("dora_linear_backward", 10)
+    for name in ("weight_norm", "merged_weight", "product", "compose", "few_tokens", "adapter_gradients"):
+        monkeypatch.setattr(native, name, lambda *args, name=name: pytest.fail(f"{name} was called by itself"))
+    call = draw(1, *shape, norm_known=norm_known)
+    merges_forward = merges and not norm_known  # with known norms the frozen weight is the cheaper one for so few tokens
+    leaves = [t.detach().requires_grad_() for t in (call.x, call.lora_A, call.lora_B, call.magnitude)]
+    with bk.use_backend("native"):
+        y = bk.functional.dora_linear(leaves[0], call.weight, *leaves[1:], scaling=call.scaling, bias=call.bias, norm=call.norm)
+        torch.autograd.grad(y, leaves, call.grad)
+    assert seen == [("dora_linear", merges_forward), ("dora_linear_backward", merges)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -58,6 +58,8 @@ CHEAPER = {
     "Sama, horizon 5, max_ratio 1, validation 1/8, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.125, 0.5),
     "Sama, horizon 5, max_ratio 1, validation 1/16": ("Sama, horizon 5, max_ratio 1", 0.0625, 1.0),
     "Sama, horizon 5, max_ratio 1, validation 1/16, difference 3/4": ("Sama, horizon 5, max_ratio 1", 0.0625, 0.75),
+    "Sama, horizon 5, max_ratio 1, validation 1/16, difference 2/3": ("Sama, horizon 5, max_ratio 1", 0.0625, 2 / 3),
+    "Sama, horizon 5, max_ratio 1, validation 1/16, difference 5/8": ("Sama, horizon 5, max_ratio 1", 0.0625, 0.625),
     "Sama, horizon 5, max_ratio 1, validation 1/16, difference 1/2": ("Sama, horizon 5, max_ratio 1", 0.0625, 0.5),
 }
 
@@ -67,7 +69,7 @@ SHOWN = (
     "Sama, horizon 5, max_ratio 1",
     "Sama, horizon 10",
     "first order, validation 1/16",
-    "Sama, horizon 5, max_ratio 1, validation 1/16, difference 3/4",  # what the preset "balanced" does
+    "Sama, horizon 5, max_ratio 1, validation 1/16, difference 3/4",  # "balanced" takes 2/3
 )
 
 
@@ -294,7 +296,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             cells = ""
             for k in ks:
                 own = [r for r in rows if (r["lr"], r["K"], r["estimator"]) == (lr, k, name) and r["stage"] > 0]
-                if own:
+                if not own:
+                    cells += f"{'-':>16s}"
+                else:
                     middle = [statistics.median(r[key] for r in own) for key in ("whole_cosine", "whole_error")]
                     cells += f"{f'{middle[0]:.3f} / {middle[1]:.2f}':>16s}"
             lines.append(f"{name:{WIDTH}s}{cells}")

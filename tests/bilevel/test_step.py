@@ -337,7 +337,7 @@ def test_parameters_of_neither_level_get_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("name", "optimizer", "ratio", "start"),
     [
-        ("balanced", {"estimator": bk.Sama(horizon=5), "upper_every": 2, "difference_batch": 0.75}, 0.25, "search"),
+        ("balanced", {"estimator": bk.Sama(horizon=5), "upper_every": 2, "difference_batch": 2 / 3}, 0.25, "search"),
         ("first-order", {"estimator": bk.FirstOrder(), "upper_every": 2}, 0.25, "search"),
         ("paper", {"estimator": bk.CentralDifference(), "xi": "lr"}, 1.0, "init"),
         ("paper-code", {"estimator": bk.CentralDifference(at="after"), "xi": 1.0}, 1.0, "init"),

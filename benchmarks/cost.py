@@ -3,7 +3,7 @@
 One interleaved run per set of targets, each round in an order of its own; every ratio is taken within a round, then its median
 over rounds and a 95 % bootstrap interval. A RoBERTa-base-shaped encoder with random weights, batches of equal size, an upper
 step every iteration but for presets that say otherwise (their iterations are averaged); "1/2" takes the difference on half of
-the train batch, "whole" on all of it where the preset takes half. The estimators that a user would rarely take are timed in a
+the train batch, "whole" on all of it where the preset takes a part. The estimators that a user would rarely take are timed in a
 shorter run of their own, beside the same peers.
 
     python -m benchmarks.cost --json benchmarks/results/bilevel/cost.json

@@ -40,11 +40,11 @@ class BilevelOptimizer:
     what the passes compute in, for the differences' radius; None takes what the DoRA layers saw, else the parameters' dtype,
     and tf32 where fp32 products run in it. difference_batch: what the second-order term's passes use of the train batch, None
     for all of it. A share, as 0.5: its first rows (keep them in random order) or MicroBatches, and the lower pass of an upper
-    step takes it in two parts, weighted by rows: the loss must be a mean over rows (a dict with token labels is left whole where
-    its rows have unequal numbers of them, and always under FSDP2). A callable train batch -> part: any part, at the price of a
-    base pass of its own. process_group: average over its processes; under DistributedDataParallel the default group is taken.
-    Under FSDP2 (`fully_shard` before the optimizers are made) every process holds its shards; estimators that differentiate
-    twice, a penalty and a grad_scaler are refused there.
+    step takes it in two parts, weighted by rows: the loss must be a mean over rows (a dict with token labels is left whole
+    unless its rows have equal numbers of them and of ones in every mask, and always under FSDP2). A callable train batch -> part:
+    any part, at the price of a base pass of its own. process_group: average over its processes; under DistributedDataParallel
+    the default group is taken. Under FSDP2 (`fully_shard` before the optimizers are made) every process holds its shards;
+    estimators that differentiate twice, a penalty and a grad_scaler are refused there.
 
     The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
     anything raises changes nothing. After a step `.grad` is None; a parameter that had no gradient is not moved. Random numbers

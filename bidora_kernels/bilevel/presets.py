@@ -27,8 +27,8 @@ _PRESETS = {
     # mean over rows (a batch whose rows have unequal numbers of labelled tokens is left whole). Against ten real steps of the
     # lower level its hypergradient, from a quarter as many validation as train rows, was nearer than the first-order one from
     # the same rows in seven of twelve draws, by 6 % on average, all of which is one draw's, and at worst 17 % farther; on the
-    # whole batch by 9 %, and on half of its 16 rows nothing was left of it (benchmarks/BILEVEL.md). So small a validation batch
-    # costs far more accuracy than any second-order term regains
+    # whole batch by 9 %, again one draw's, and on half of its 16 rows nothing was left of it (benchmarks/BILEVEL.md). So small
+    # a validation batch costs far more accuracy than any second-order term regains
     "balanced": BilevelPreset({"estimator": Sama(horizon=5), "upper_every": 2, "difference_batch": 2 / 3}, 0.25, "search"),
     # the same without the second-order term and its pass
     "first-order": BilevelPreset({"estimator": FirstOrder(), "upper_every": 2}, 0.25, "search"),

@@ -10,8 +10,8 @@ a bf16 pass takes them: W' is then rounded with a fixed dither, as on the GPU. D
 kernel does for few tokens stay in fp32. Which library multiplies in fp32 is `native.takes_onednn`'s choice.
 
 A token whose output has no gradient adds nothing to any gradient. Where a quarter of the tokens or more are such, a backward pass
-that takes a product leaves them out: padding, and in the last layers what nothing reads there, the tokens beside the one that a
-classifier looks at or a prompt that is not trained on.
+leaves them out of a large enough product (SKIPS_FROM): padding, and in the last layers what nothing reads there, the tokens
+beside the one that a classifier looks at or a prompt that is not trained on.
 """
 
 from __future__ import annotations

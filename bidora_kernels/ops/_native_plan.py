@@ -267,45 +267,16 @@ def backward(
     `x` is the input of the low-rank branch (with dropout: x_dropped), `kept` is y or what the forward kept beyond it. The
     gradients of x are [tokens, in] or of its shape.
     """
-    if not grad_output.is_contiguous():
-        grad_output = rows(flatten(grad_output))
-    multiplies = needs_x or needs_dropped or (kept is None and (needs_magnitude or (needs_direction and differentiate_norm)))
-    chosen = tokens_with_gradient(grad_output, weight) if multiplies else None
-    g, inputs, outputs = grad_output, x, kept
-    if chosen is not None:
-        g, inputs, outputs = _picked(g, chosen), _picked(x, chosen), None if kept is None else _picked(kept, chosen)
-    grad_x, grad_dropped, grad_A, grad_B, grad_magnitude = _backward(
-        g, inputs, weight, lora_A, lora_B, magnitude, norm, bias, outputs, scaling, dropped, needs_x, needs_dropped,
-        needs_direction, needs_magnitude, differentiate_norm, product_dtype,
-    )  # fmt: skip
-    if chosen is not None:
-        tokens = grad_output.numel() // weight.shape[0]
-        grad_x, grad_dropped = _put_back(grad_x, chosen, tokens), _put_back(grad_dropped, chosen, tokens)
-    return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude
-
-
-def _backward(
-    grad_output: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    norm: Tensor,
-    bias: Tensor | None,
-    kept: Tensor | None,
-    scaling: float,
-    dropped: bool,
-    needs_x: bool,
-    needs_dropped: bool,
-    needs_direction: bool,
-    needs_magnitude: bool,
-    differentiate_norm: bool,
-    product_dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As `backward`, of all tokens that it is given."""
     through_norm = needs_direction and differentiate_norm
     needs_output = needs_magnitude or through_norm
+    if not grad_output.is_contiguous():
+        grad_output = rows(flatten(grad_output))
+    tokens = grad_output.numel() // max(1, weight.shape[0])
+    multiplies = needs_x or needs_dropped or (needs_output and kept is None)
+    chosen = tokens_with_gradient(grad_output, weight) if multiplies else None
+    if chosen is not None:
+        grad_output, x = _picked(grad_output, chosen), _picked(x, chosen)
+        kept = None if kept is None else _picked(kept, chosen)
     by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
     bf16 = in_bf16(product_dtype, weight, dropped)
     bias = added_bias(bias, bf16)
@@ -322,7 +293,7 @@ def _backward(
             needs_direction, needs_x,
         )  # fmt: skip
         if doubtful is None and not through_norm:
-            return grad_x, None, grad_A, grad_B, grad_magnitude
+            return _put_back(grad_x, chosen, tokens), None, grad_A, grad_B, grad_magnitude
     layer = Layer(weight, lora_A, lora_B, magnitude, bias, scaling, bf16)
     norm = layer.constant(norm)
     g = rows(flatten(grad_output))
@@ -358,6 +329,7 @@ def _backward(
         else:
             scaled = g * reference.row_scale(layer.magnitude, norm)
             grad_x = native.product(scaled, weight.t()).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
+    grad_x, grad_dropped = _put_back(grad_x, chosen, tokens), _put_back(grad_dropped, chosen, tokens)
     return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude if needs_magnitude else None
 
 
@@ -366,9 +338,11 @@ def _picked(x: Tensor, tokens: Tensor) -> Tensor:
     return flatten(x).index_select(0, tokens)
 
 
-def _put_back(picked: Tensor | None, chosen: Tensor, tokens: int) -> Tensor | None:
-    """The picked rows among zeros, [tokens, features]."""
-    return None if picked is None else picked.new_zeros(tokens, picked.shape[1]).index_copy_(0, chosen, picked)
+def _put_back(grad: Tensor | None, chosen: Tensor | None, tokens: int) -> Tensor | None:
+    """The gradient of the chosen tokens among zeros, [tokens, features]; the gradient itself where none were chosen."""
+    if grad is None or chosen is None:
+        return grad
+    return grad.new_zeros(tokens, grad.shape[1]).index_copy_(0, chosen, grad)
 
 
 def _low_rank_gradients(layer: Layer, x: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from bidora_kernels.bilevel import implicit, optimizer, sama, train_loss
 from bidora_kernels.bilevel.flat import scaled
 
 from . import test_estimators as covered
+from . import test_implicit as implicit_tests
 from . import test_step as steps
 from .problems import TRAIN, VALIDATION, bert_loss, bert_optimizer, error, second_order, small_bert
 
@@ -98,11 +99,11 @@ MUTATIONS: dict[str, tuple[Patch, Callable[[], None]]] = {
             train_loss.Passes, "run",
             lambda real, self, kind, *arguments, differentiate_norm=None, **keywords: real(self, kind, *arguments, **keywords),
         ),
-        covered.test_implicit_hessian_products_differentiate_the_norm_on_an_encoder,
+        implicit_tests.test_implicit_hessian_products_differentiate_the_norm_on_an_encoder,
     ),
     "Neumann's step": (
         wrapped(implicit, "scaled", lambda real, vector, factor: vector),
-        lambda: covered.test_implicit_estimators_on_a_convex_problem(bk.CentralDifference()),
+        lambda: implicit_tests.test_implicit_estimators_on_a_convex_problem(bk.CentralDifference()),
     ),
     "dropout not paired": (
         lambda monkeypatch: (

@@ -260,8 +260,8 @@ def verdict_lines(document: Document) -> list[str]:
     return [*lines, "", "Slower, with how many times as long this library took:", "", *slower] if slower else lines
 
 
-def _headline_ratios(entry: Entry) -> dict[str, Ratio] | None:
-    """A case's ratios to the two peers of the headline, None where a provider was not measured.
+def _headline_ratios(entry: Entry) -> tuple[str, dict[str, Ratio]] | None:
+    """This library's provider of a case and its ratios to the two peers of the headline, None where one was not measured.
 
     A decoded token's DoRA peer is PEFT's as its documentation has it for inference, with its cache.
     """
@@ -270,41 +270,40 @@ def _headline_ratios(entry: Entry) -> dict[str, Ratio] | None:
     peers = ("PEFT LoRA", {"bilevel": "Eq. 8 on PEFT DoRA", "decode": "PEFT DoRA, DoraCaching"}.get(kind, "PEFT DoRA"))
     if ours is None or any(peer not in times for peer in (*peers, entry["floor"])):
         return None
-    return {peer: ratio(times[ours], times[peer]) for peer in peers}
+    return ours, {peer: ratio(times[ours], times[peer]) for peer in peers}
 
 
-def _headline_cases(document: Document) -> Iterator[tuple[str, dict[str, Ratio]]]:
+def _headline_cases(document: Document) -> Iterator[tuple[str, str, dict[str, Ratio]]]:
     """Steps and iterations at the largest batch; of layers of rank 16, by kind and tokens, the largest and the worst loser."""
-    layers: dict[tuple[str, int], dict[str, dict[str, Ratio]]] = {}
+    layers: dict[tuple[str, int], dict[str, tuple[str, dict[str, Ratio]]]] = {}
     for name, entry in document["cases"].items():
         case = entry["case"]
-        against = None if case["kind"] == "operation" or not entry["pieces"] else _headline_ratios(entry)
-        if against is None:
+        found = None if case["kind"] == "operation" or not entry["pieces"] else _headline_ratios(entry)
+        if found is None:
             continue
         if "batch" in case:
             largest = max(e["case"]["batch"] for e in of_kind(document, case["kind"]).values())
             if case["batch"] == largest and case["r"] <= 16 and case["layers"] in (3, 8):
-                yield name, against
+                yield name, *found
         elif case["r"] == 16:
-            layers.setdefault((case["kind"], case["tokens"]), {})[name] = against
+            layers.setdefault((case["kind"], case["tokens"]), {})[name] = found
     for group in layers.values():
         cases = {name: document["cases"][name]["case"] for name in group}
         largest = max(cases, key=lambda name: cases[name]["out_features"] * cases[name]["in_features"])
-        lost = [name for name, against in group.items() if any(value.low > 1 for value in against.values())]
-        worst = max(lost, key=lambda name: max(value.median for value in group[name].values()), default=largest)
-        yield from ((name, group[name]) for name in dict.fromkeys((largest, worst)))
+        lost = [name for name, (_, against) in group.items() if any(value.low > 1 for value in against.values())]
+        worst = max(lost, key=lambda name: max(value.median for value in group[name][1].values()), default=largest)
+        yield from ((name, *group[name]) for name in dict.fromkeys((largest, worst)))
 
 
 def headline_table(document: Document) -> list[str]:
     """What a reader asks about first, with what lost."""
     rows = []
-    for name, against in _headline_cases(document):
+    for name, ours, against in _headline_cases(document):
         entry = document["cases"][name]
-        times, kind = measured(entry), entry["case"]["kind"]
-        ours = our_provider(times, kind)
+        times = measured(entry)
         floor = times[entry["floor"]]
-        row = [f"{kind}: {_short(name)}", milliseconds(quantiles(floor)[1])]
-        row += [times_as_long(ratio(times[str(column)], floor)) for column in (*against, ours)]
+        row = [f"{entry['case']['kind']}: {_short(name)}", milliseconds(quantiles(floor)[1])]
+        row += [times_as_long(ratio(times[column], floor)) for column in (*against, ours)]
         rows.append([*row, *map(times_as_long, against.values())])
     dora, own = (
         "PEFT DoRA (bilevel: Eq. 8 on it; decode: its cache)",

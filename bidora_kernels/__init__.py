@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import functional, reference
 from .config import DoraConfig
+from .frozen import FrozenLinear
 from .model import DoraReport, apply_dora, load_adapter, merge_and_unload, save_adapter, split_parameters
 from .modules import FusedDoraConv1D, FusedDoraLinear
 from .ops._backend import BackendUnavailable, backends, use_backend
@@ -62,6 +63,7 @@ __all__ = [
     "FirstOrder",
     "ForwardDifference",
     "ForwardMode",
+    "FrozenLinear",
     "FusedDoraConv1D",
     "FusedDoraLinear",
     "MicroBatches",

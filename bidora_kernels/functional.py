@@ -13,18 +13,21 @@ import weakref
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .ops import _backend, cost_model
 from .ops import _checks as checks
 from .ops import dora_linear as _dora_linear
+from .ops import frozen_linear as _frozen_linear
 from .ops import merged_weight as _merged_weight
 from .ops import orthogonality as _orthogonality
 from .ops import quantized as _quantized
 from .ops import weight_norm as _weight_norm
 from .ops._context import DirectionPoint, PassMode, current_mode
 from .ops._library import is_captured as is_captured
+from .ops._library import is_transformed as is_transformed
 from .ops.decode import Decode as Decode
 from .ops.decode import may_decode as may_decode
 
@@ -113,6 +116,19 @@ def dora_linear(
         x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, detach_norm, norm, mode.precise, product_dtype, backend,
         chosen, merged,
     )  # fmt: skip
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x weight^T + bias of a layer that is not trained, [..., out]; dtypes, autocast and errors as of F.linear.
+
+    x is [..., in]. On the native backend the gradient of x is computed from the tokens alone whose output has one, where that is
+    cheaper: a token without one then has a gradient of 0 even where the weight is not finite. Everything else is F.linear's.
+    """
+    if torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)  # a choice by sizes would compile anew for every size
+    if _frozen_linear.is_served(x, weight, bias) and _backend.takes_native(current_mode()):
+        return _frozen_linear.frozen_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def _norm_is_free(backend: str, x: Tensor, weight: Tensor, x_dropped: Tensor | None) -> bool:
@@ -253,18 +269,6 @@ def _serving(
     if _is_auto():
         return "reference"
     raise NotImplementedError(f'backend {backend!r} does not serve {reason}: use backend "reference"')
-
-
-def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a functional transform is active or a tensor carries a forward-mode tangent."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _needed(mode: PassMode, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from . import functional
 from .adapter_files import load_adapter, save_adapter
 from .config import DoraConfig
+from .frozen import to_plain
 from .fused_slices import FusedDoraSlices, plain_layer
 from .modules import FusedDoraLinear
 from .targets import CONFIG_ATTRIBUTE, dora_layers, plan, put, replace, unwrap
@@ -129,6 +130,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
         if not name:
             return plain
         put(inner, name, plain)
+    to_plain(inner)
     if hasattr(inner, CONFIG_ATTRIBUTE):
         delattr(inner, CONFIG_ATTRIBUTE)
     _untie(inner)

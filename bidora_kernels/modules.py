@@ -249,7 +249,7 @@ class FusedDoraLinear(nn.Module):
         out_dtype = reference.output_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.to(dtype)
-            return F.linear(x.to(dtype), self._as_rows(self.weight).to(dtype), bias).to(out_dtype)
+            return functional.frozen_linear(x.to(dtype), self._as_rows(self.weight).to(dtype), bias).to(out_dtype)
 
     def _cached_norm(self) -> Tensor | None:
         """The norms where they are constants of an eval-mode pass, computed once per state of the parameters; else None."""

@@ -20,7 +20,7 @@ LAYERS = [  # a part may import what stands below it
     ("adapter_files",),
     ("adapter_folder", "targets"),
     ("fused_slices",),
-    ("modules",),
+    ("modules", "frozen"),
     ("config",),
     ("functional",),
     ("ops",),

@@ -108,6 +108,11 @@ def backend_under(mode: PassMode, device_type: str) -> str:
     return name
 
 
+def takes_native(mode: PassMode) -> bool:
+    """Whether CPU tensors go to the native backend, for what every backend may leave to PyTorch: nothing is raised."""
+    return (mode.backend or environment_backend()) in ("auto", "native") and _missing("native", "cpu") is None
+
+
 def backends() -> dict[str, BackendChoice]:
     """What `auto` resolves to for each device type at hand, and why."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

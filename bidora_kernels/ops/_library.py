@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def flatten(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same values in another shape, not counted as a view: an operator's output may then be overwritten in place."""
+    return tensor if tensor.shape == shape else torch.ops.aten._unsafe_view(tensor, shape)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast; where there is none, one that does nothing."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
+
+
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype; where it has it, without a call into torch."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
@@ -72,6 +86,35 @@ def is_eager(*tensors: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and all(type(tensor) in PLAIN for tensor in tensors)
     )
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether a tensor carries a forward-mode tangent."""
+    forward_ad = torch.autograd.forward_ad
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a functional transform is active or a tensor carries a forward-mode tangent."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or has_tangent(*tensors)
+
+
+def is_plain_gradient(grad: Tensor) -> bool:
+    """Whether a backward pass may bypass the dispatcher: it is not differentiated itself, nor taken of many gradients at once."""
+    if torch.is_grad_enabled() or not is_eager(grad):
+        return False
+    return not is_transformed(grad) and not torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def refuse_tangent(grad: Tensor) -> None:
+    """Raise where a kernel's backward pass would lose the tangent of its gradient without a word."""
+    if has_tangent(grad):
+        raise NotImplementedError(
+            "the native and triton backends do not serve forward-mode derivatives of a backward pass: run the forward under "
+            'use_backend("reference")'
+        )
 
 
 # packages whose kernels write over a layer's output (SwiGLU's backward, rotary embeddings) past PyTorch's version counters: how

@@ -8,10 +8,6 @@ Products run in the norm's dtype (fp32, or fp64 for an fp64 weight), also for 16
 and inputs are not rounded to the product dtype. But where the processor has bf16 instructions, which multiply four times as fast,
 a bf16 pass takes them: W' is then rounded with a fixed dither, as on the GPU. Dropout, precise passes and the forward that one
 kernel does for few tokens stay in fp32. Which library multiplies in fp32 is `native.takes_onednn`'s choice.
-
-A token whose output has no gradient adds nothing to any gradient. Where a quarter of the tokens or more are such, a backward pass
-leaves them out of a large enough product (SKIPS_FROM): padding, and in the last layers what nothing reads there, the tokens
-beside the one that a classifier looks at or a prompt that is not trained on.
 """
 
 from __future__ import annotations
@@ -23,12 +19,10 @@ from torch import Tensor
 
 from .. import native, reference
 from ._library import as_dtype, flatten, rows
+from ._skipped_tokens import picked, put_back, tokens_with_gradient
 from ._workspace import rows_per_block, workspace
 
 FEW_TOKENS = 16
-SKIPS_FROM = 1 << 25  # multiply-adds of a product from which looking for tokens without a gradient costs little beside it
-SKIPPED_SHARE = 0.25  # of the tokens: from there on gathering the others costs less than it saves
-COUNTS = 32  # numbers of gathered tokens that a batch of one size can have: the library makes a kernel for each, and keeps it
 LIBRARY_RANK = 32  # from here on the library's products form the gradients of lora_A and lora_B
 
 
@@ -108,15 +102,6 @@ def kept_dtype(
     """
     dtype = reference.norm_dtype(weight)
     return dtype if keeps and (dropped or (precise and out_dtype != dtype)) else None
-
-
-def tokens_with_gradient(grad_output: Tensor, weight: Tensor) -> Tensor | None:
-    """The tokens whose output has a gradient, and a few more; None where a backward pass of these alone would not be cheaper."""
-    tokens = grad_output.numel() // max(1, weight.shape[0])
-    if tokens <= FEW_TOKENS or tokens * weight.numel() < SKIPS_FROM:
-        return None
-    found = native.nonzero_rows(grad_output, max(1, tokens // COUNTS))
-    return found if found.numel() <= (1 - SKIPPED_SHARE) * tokens else None
 
 
 class Layer:
@@ -275,8 +260,8 @@ def backward(
     multiplies = needs_x or needs_dropped or (needs_output and kept is None)
     chosen = tokens_with_gradient(grad_output, weight) if multiplies else None
     if chosen is not None:
-        grad_output, x = _picked(grad_output, chosen), _picked(x, chosen)
-        kept = None if kept is None else _picked(kept, chosen)
+        grad_output, x = picked(grad_output, chosen), picked(x, chosen)
+        kept = None if kept is None else picked(kept, chosen)
     by_library = needs_direction and lora_A.shape[0] >= LIBRARY_RANK
     bf16 = in_bf16(product_dtype, weight, dropped)
     bias = added_bias(bias, bf16)
@@ -293,7 +278,7 @@ def backward(
             needs_direction, needs_x,
         )  # fmt: skip
         if doubtful is None and not through_norm:
-            return _put_back(grad_x, chosen, tokens), None, grad_A, grad_B, grad_magnitude
+            return put_back(grad_x, chosen, tokens), None, grad_A, grad_B, grad_magnitude
     layer = Layer(weight, lora_A, lora_B, magnitude, bias, scaling, bf16)
     norm = layer.constant(norm)
     g = rows(flatten(grad_output))
@@ -329,20 +314,8 @@ def backward(
         else:
             scaled = g * reference.row_scale(layer.magnitude, norm)
             grad_x = native.product(scaled, weight.t()).addmm_(torch.mm(scaled, layer.lora_B), layer.lora_A, alpha=scaling)
-    grad_x, grad_dropped = _put_back(grad_x, chosen, tokens), _put_back(grad_dropped, chosen, tokens)
+    grad_x, grad_dropped = put_back(grad_x, chosen, tokens), put_back(grad_dropped, chosen, tokens)
     return grad_x, grad_dropped, grad_A, grad_B, grad_magnitude if needs_magnitude else None
-
-
-def _picked(x: Tensor, tokens: Tensor) -> Tensor:
-    """The rows of some tokens of [..., features]."""
-    return flatten(x).index_select(0, tokens)
-
-
-def _put_back(grad: Tensor | None, chosen: Tensor | None, tokens: int) -> Tensor | None:
-    """The gradient of the chosen tokens among zeros, [tokens, features]; the gradient itself where none were chosen."""
-    if grad is None or chosen is None:
-        return grad
-    return grad.new_zeros(tokens, grad.shape[1]).index_copy_(0, chosen, grad)
 
 
 def _low_rank_gradients(layer: Layer, x: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,7 @@ where y is not enough (dropout, a 16-bit y of a precise pass, on the triton back
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,18 +31,6 @@ def _implementation(backend: str, plan: str) -> Any:
     return module
 
 
-_NOTHING = contextlib.nullcontext()
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else _NOTHING
-
-
-def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The same values in another shape, not counted as a view: an operator's output may then be overwritten in place."""
-    return tensor if tensor.shape == shape else torch.ops.aten._unsafe_view(tensor, shape)
-
-
 def _planned_forward(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, norm_given: Tensor | None, bias: Tensor | None,
     x_dropped: Tensor | None, scaling: float, detach_norm: bool, precise: bool, product_dtype: torch.dtype,
@@ -55,7 +41,7 @@ def _planned_forward(
     watches_output: the caller keeps y and notices where it is overwritten.
     """
     implementation = _implementation(backend, plan)
-    with _without_autocast(x.device.type):
+    with library.without_autocast(x.device.type):
         if plan == "weight":
             y, norm, kept, again = implementation.forward(
                 x, weight, lora_A, lora_B, magnitude, norm_given, bias, scaling, product_dtype, out_dtype, keeps, merged
@@ -67,7 +53,7 @@ def _planned_forward(
             )  # fmt: skip
     if norm is None:
         raise RuntimeError("a merged weight came without its norms")
-    return _shaped(y, (*x.shape[:-1], weight.shape[0])), norm, kept, again
+    return library.shaped(y, (*x.shape[:-1], weight.shape[0])), norm, kept, again
 
 
 def _forward(
@@ -116,7 +102,7 @@ def _planned_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of x, x_dropped, lora_A, lora_B and magnitude in their dtypes and shapes, None for what is not needed."""
     implementation = _implementation(backend, plan)
-    with _without_autocast(x.device.type):
+    with library.without_autocast(x.device.type):
         if plan == "weight":
             grads = implementation.backward(
                 grad_output, x, weight, lora_A, lora_B, magnitude, norm, kept, scaling, needs_x, needs_direction,
@@ -128,7 +114,7 @@ def _planned_backward(
                 needs_direction, needs_magnitude, differentiate_norm, product_dtype, again, watched_output,
             )  # fmt: skip
     return tuple([
-        grad if grad is None else _shaped(library.as_dtype(grad, target.dtype), target.shape)
+        grad if grad is None else library.shaped(library.as_dtype(grad, target.dtype), target.shape)
         for grad, target in zip(grads, (x, x, lora_A, lora_B, magnitude), strict=True)
     ])  # fmt: skip
 
@@ -243,6 +229,7 @@ def saved_output(ctx: Any) -> Tensor | None:
 
 def _gradients(ctx: Any, grad_output: Tensor, bypass: bool) -> tuple[Tensor | None, ...]:
     """The gradients of the inputs that need one, by the operator or, where `bypass` allows it, its implementation."""
+    library.refuse_tangent(grad_output)
     x, weight, lora_A, lora_B, magnitude, norm, bias, merged, kept, *again = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if kept is None:
@@ -283,9 +270,8 @@ class _DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """As the operator's; under create_graph by the operator, whose own derivative says what is missing."""
-        bypass = not torch.is_grad_enabled() and library.is_eager(grad_output)
-        return _gradients(ctx, grad_output, bypass)
+        """As the operator's; by it for many gradients at once, and under create_graph, where it says what is missing."""
+        return _gradients(ctx, grad_output, bypass=library.is_plain_gradient(grad_output))
 
 
 def reads_output(lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, detach_norm: bool) -> bool:

@@ -50,6 +50,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    library.refuse_tangent(grad)
     weight, lora_A, lora_B, magnitude, norm = ctx.saved_tensors
     grad_A, grad_B, grad_m = direction_backward(weight, grad, lora_A, lora_B, magnitude, ctx.scaling, norm, None, ctx.backend)
     return None, grad_A, grad_B, None if magnitude is None else grad_m, None, None, None

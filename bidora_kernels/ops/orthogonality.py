@@ -192,6 +192,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    library.refuse_tangent(grad)
     grad_A, grad_B = ctx.saved_tensors
     return None, _scaled(grad, grad_A), _scaled(grad, grad_B), None, None, None
 

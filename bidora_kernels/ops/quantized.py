@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import reference
+from . import _library as library
 from . import dora_linear as operator
 
 BLOCK_BYTES = 64 << 20  # of dequantized rows at a time
@@ -184,6 +185,7 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, lora_A, lora_B, magnitude and x_dropped."""
+        library.refuse_tangent(grad_output)
         x, lora_A, lora_B, magnitude, x_dropped, bias, norm, *beyond = ctx.saved_tensors
         call, needs, output = ctx.call, ctx.needs_input_grad, operator.saved_output(ctx)
         needs_direction = needs[1] or needs[2]

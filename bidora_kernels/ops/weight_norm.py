@@ -99,6 +99,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd_backward(ctx: Any, grad_norm: Tensor) -> tuple[Tensor | None, ...]:
+    library.refuse_tangent(grad_norm)
     weight, lora_A, lora_B, norm = ctx.saved_tensors
     grad_A, grad_B, _ = direction_backward(weight, None, lora_A, lora_B, None, ctx.scaling, norm, grad_norm, ctx.backend)
     return None, grad_A, grad_B, None, None

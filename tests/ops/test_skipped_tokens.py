@@ -8,7 +8,7 @@ from torch import Tensor
 
 import bidora_kernels as bk
 from bidora_kernels import native
-from bidora_kernels.ops import _native_plan
+from bidora_kernels.ops import _native_plan, _skipped_tokens
 
 from ..tiny_models import VOCABULARY, bert, randomize
 from .draws import Call, draw, run, violations
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="th
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens are looked for in every layer; how many tokens each backward pass of the kernels has, in their order."""
-    monkeypatch.setattr(_native_plan, "SKIPS_FROM", 1)
+    monkeypatch.setattr(_skipped_tokens, "SKIPS_FROM", 1)
     counts: list[int] = []
     for name, at in (("dora_linear_backward", 0), ("adapter_gradients", 1)):
         inner = getattr(native, name)

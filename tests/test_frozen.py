@@ -1,0 +1,147 @@
+"""What apply_dora does with the linear layers that it only freezes."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bidora_kernels as bk
+from bidora_kernels import FrozenLinear, native
+from bidora_kernels.ops import _skipped_tokens
+from bidora_kernels.ops import frozen_linear as op
+
+from .tiny_models import VOCABULARY, bert, logits, randomize, relative_error
+
+CONFIG = bk.DoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+
+
+def frozen(model: nn.Module) -> dict[str, FrozenLinear]:
+    return {name: module for name, module in model.named_modules() if type(module) is FrozenLinear}
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers of any size take the native path; the tokens of each of their products."""
+    if native.why_unavailable() is not None:
+        pytest.skip("the native library is not there")
+    monkeypatch.setattr(op, "WORTH_FROM", 1)
+    monkeypatch.setattr(_skipped_tokens, "SKIPS_FROM", 1)
+    counts: list[int] = []
+    for name in ("_output", "_gradient"):
+        inner = getattr(op, name)
+
+        def counted(x: Tensor, *others: object, inner: object = inner) -> Tensor:
+            counts.append(x.numel() // x.shape[-1])
+            return inner(x, *others)  # type: ignore[operator]
+
+        monkeypatch.setattr(op, name, counted)
+    return counts
+
+
+def test_which_layers() -> None:
+    model = bert()
+    before = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    bk.apply_dora(model, CONFIG)
+    ours = frozen(model)
+    assert set(ours) == {name for name in before if not name.endswith(("query", "value", "classifier"))}
+    assert all(module is before[name] for name, module in ours.items())  # the same object: hooks and references hold
+    assert type(model.classifier) is nn.Linear
+    assert model.classifier.weight.requires_grad
+    assert "FrozenLinear(in_features=16, out_features=24, bias=True)" in str(model)
+
+
+def test_layers_with_a_forward_of_their_own_and_subclasses_are_left_alone() -> None:
+    class Odd(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"query": nn.Linear(8, 8), "odd": Odd(8, 8), "patched": nn.Linear(8, 8), "plain": nn.Linear(8, 8)})
+    model["patched"].forward = lambda x: x
+    bk.apply_dora(model, bk.DoraConfig(r=2, target_modules=["query"]))
+    assert set(frozen(model)) == {"plain"}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_classifier_with_padding(compiled: bool, served: list[int]) -> None:
+    """The gradients are the reference's, and padding is left out; in the last layer all but the token that is read."""
+    model = bert()
+    bk.apply_dora(model, CONFIG)
+    randomize(model)
+    ids, mask = torch.randint(3, VOCABULARY, (4, 16)), torch.ones(4, 16, dtype=torch.long)
+    for row, length in enumerate((3, 6, 9, 12)):
+        mask[row, length:] = 0
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    run_model = torch.compile(model, backend="aot_eager") if compiled else model
+
+    def gradients(backend: str) -> list[Tensor]:
+        with bk.use_backend(backend):
+            loss = run_model(input_ids=ids, attention_mask=mask, labels=torch.arange(4) % 2).loss
+            return list(torch.autograd.grad(loss, parameters))
+
+    wanted = gradients("reference")
+    assert served == []
+    for ours, theirs in zip(gradients("native"), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    # forward: four a layer (key, output, intermediate, output), the pooler; backward: all but the first layer's key
+    assert len(served) == (0 if compiled else 2 * 4 + 1 + 2 * 4)
+
+
+def test_a_layer_that_is_trained_after_all(served: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    bk.apply_dora(model, bk.DoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(20, 8)
+    model(x).sum().backward()
+    assert served == [20, 20]
+    model[1].weight.requires_grad_()
+    model(x).sum().backward()
+    assert model[1].weight.grad is not None
+    assert served == [20, 20]
+
+
+def test_merging_makes_them_plain_again() -> None:
+    model = bert()
+    bk.apply_dora(model, CONFIG)
+    randomize(model)
+    wanted = logits(model)
+    merged = bk.merge_and_unload(model)
+    assert frozen(merged) == {}
+    assert not any(type(module).__module__.startswith("bidora_kernels") for module in merged.modules())
+    assert relative_error(logits(merged), wanted) < 1e-5
+    bk.apply_dora(merged, CONFIG)  # and all may begin again
+    assert frozen(merged)
+
+
+def test_a_frozen_layer_can_be_adapted_itself() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    bk.apply_dora(model, bk.DoraConfig(r=2, target_modules=["0"]))
+    model[0] = model[0].to_linear()
+    report = bk.apply_dora(model, bk.DoraConfig(r=2, target_modules=["1"]))
+    assert report.replaced == ["1"]
+    assert isinstance(bk.FusedDoraLinear.from_linear(frozen(model)["0"]), bk.FusedDoraLinear)
+
+
+def test_copies_states_and_files() -> None:
+    model = bert()
+    plain = set(model.state_dict())
+    bk.apply_dora(model, CONFIG)
+    names = set(frozen(model))
+    assert {f"{name}.weight" for name in names} <= plain & set(model.state_dict())
+    assert set(frozen(copy.deepcopy(model))) == names
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert set(frozen(loaded)) == names
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_hooks_still_run() -> None:
+    model = bert()
+    called: list[str] = []
+    model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(lambda *args: called.append("hook"))
+    bk.apply_dora(model, CONFIG)
+    logits(model)
+    assert called == ["hook"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 
 from . import functional
@@ -12,9 +14,10 @@ class FrozenLinear(nn.Linear):
 
         y = x weight^T + bias
 
-    `apply_dora` makes them of the plain linear layers that it freezes, `merge_and_unload` makes them plain again. x is [..., in],
-    weight [out, in], bias [out]. Where most tokens of the output have no gradient, the pass leaves those out
-    (`functional.frozen_linear`); where weight or bias are trained after all, and on every other device, it is `F.linear`.
+    `apply_dora` makes them of the plain linear layers that it freezes (of transformers' `Conv1D` its twin, `FrozenConv1D`), and
+    `merge_and_unload` makes them plain again. x is [..., in], weight [out, in], bias [out]. Where tokens of the output have no
+    gradient, the backward pass leaves them out (`functional.frozen_linear`); where weight or bias are trained after all, in a
+    compiled model, and on every device but a CPU, it is `F.linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -22,19 +25,54 @@ class FrozenLinear(nn.Linear):
         return functional.frozen_linear(x, self.weight, self.bias)
 
 
-def to_frozen(model: nn.Module) -> None:
-    """Turn the plain, untrained linear layers of a model into `FrozenLinear`, in place.
+@functools.cache
+def _frozen_conv1d() -> type[nn.Module]:
+    """`FrozenConv1D`, made where transformers is there."""
+    from transformers.pytorch_utils import Conv1D
 
-    The module stays the same object: hooks, ties and references to it hold. Left alone are subclasses of `nn.Linear` and layers
-    with a forward of their own.
+    class FrozenConv1D(Conv1D):  # type: ignore[misc,no-any-unimported]
+        """`FrozenLinear` for transformers' `Conv1D`, whose weight is stored [in, out]."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Return [..., out] for x [..., in]."""
+            return functional.frozen_linear(x, self.weight.t(), self.bias)
+
+    FrozenConv1D.__qualname__ = "FrozenConv1D"  # where a copy or a file looks for it
+    return FrozenConv1D
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if name == "FrozenConv1D":
+        return _frozen_conv1d()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _frozen_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The frozen class of a plain one, None for every other class."""
+    if kind is nn.Linear:
+        return FrozenLinear
+    return _frozen_conv1d() if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") else None
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module is one that `to_frozen` made."""
+    return type(module) is FrozenLinear or (type(module).__name__ == "FrozenConv1D" and type(module).__module__ == __name__)
+
+
+def to_frozen(model: nn.Module) -> None:
+    """Turn the plain, untrained linear layers of a model into `FrozenLinear` and `FrozenConv1D`, in place.
+
+    The module stays the same object: hooks, ties and references to it hold. Left alone are subclasses and layers with a forward
+    of their own.
     """
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module) and not any(p.requires_grad for p in module.parameters()):
-            module.__class__ = FrozenLinear
+        frozen = _frozen_kind(type(module))
+        if frozen is not None and "forward" not in vars(module) and not any(p.requires_grad for p in module.parameters()):
+            module.__class__ = frozen
 
 
 def to_plain(model: nn.Module) -> None:
-    """Turn every `FrozenLinear` of a model back into a plain `nn.Linear`, in place."""
+    """Turn the layers of a model that `to_frozen` made back into plain ones, in place."""
     for module in model.modules():
-        if type(module) is FrozenLinear:
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+        if is_frozen(module):
+            module.__class__ = type(module).__mro__[1]

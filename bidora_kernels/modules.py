@@ -380,7 +380,7 @@ class FusedDoraConv1D(FusedDoraLinear):
         The layer holds the module's own weight [in, out] and bias parameters and freezes them.
         """
         weight = getattr(conv1d, "weight", None)
-        if type(conv1d).__name__ != "Conv1D" or not isinstance(weight, nn.Parameter):
+        if type(conv1d).__name__ not in ("Conv1D", "FrozenConv1D") or not isinstance(weight, nn.Parameter):
             raise TypeError(f"conv1d must be a transformers Conv1D, got {type(conv1d).__name__}")
         layer = cls(weight, getattr(conv1d, "bias", None), r, lora_alpha, lora_dropout, use_rslora, detach_norm)
         layer.train(conv1d.training)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import DoraConfig
-from .frozen import FrozenLinear, to_frozen
+from .frozen import is_frozen, to_frozen
 from .fused_slices import FusedDoraSlices, slice_sizes, split
 from .modules import FusedDoraConv1D, FusedDoraLinear
 from .ops.quantized import format_of, stand_in
@@ -127,7 +127,8 @@ def _unsupported(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if isinstance(module.weight, torch.Tensor) and format_of(module.weight) is not None:
         return None
     forward = type(module).forward
-    if forward not in (nn.Linear.forward, FrozenLinear.forward) and not (is_conv1d(module) and kind == "Conv1D"):
+    plain = forward is nn.Linear.forward or (is_conv1d(module) and kind == "Conv1D")
+    if not plain and not is_frozen(module):
         return f"is a {kind}, which computes something else than its parent class"
     if "forward" in vars(module) or any(hooks for field, hooks in vars(module).items() if field in _HOOKS):
         return "has hooks or a forward of its own, which a DoRA layer in its place would not have"

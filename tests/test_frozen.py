@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import bidora_kernels as bk
-from bidora_kernels import FrozenLinear, native
+from bidora_kernels import native
+from bidora_kernels.frozen import is_frozen
 from bidora_kernels.ops import _skipped_tokens
 from bidora_kernels.ops import frozen_linear as op
 
-from .tiny_models import VOCABULARY, bert, logits, randomize, relative_error
+from .tiny_models import VOCABULARY, bert, gpt2, logits, randomize, relative_error, tokens
 
 CONFIG = bk.DoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
 
 
-def frozen(model: nn.Module) -> dict[str, FrozenLinear]:
-    return {name: module for name, module in model.named_modules() if type(module) is FrozenLinear}
+def frozen(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if is_frozen(module)}
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_copies_states_and_files() -> None:
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
     assert set(frozen(loaded)) == names
-    assert torch.equal(logits(loaded), logits(model))
+    assert relative_error(logits(loaded), logits(model)) < 1e-5
 
 
 def test_hooks_still_run() -> None:
@@ -145,3 +146,56 @@ def test_hooks_still_run() -> None:
     bk.apply_dora(model, CONFIG)
     logits(model)
     assert called == ["hook"]
+
+
+SLICES = bk.DoraConfig(r=2, fused_slices={"c_attn": ["query", "value"]})
+
+
+def test_conv1d(served: list[int]) -> None:
+    """GPT-2's layers and unadapted slices of its projection: the reference's gradients, and plain after merging."""
+    model = gpt2()
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    bk.apply_dora(model, SLICES)
+    randomize(model)
+    ours = frozen(model)
+    names = {
+        f"transformer.h.{i}.{part}" for i in range(2) for part in ("attn.c_attn.key", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert set(ours) == names | {"lm_head"}
+    assert isinstance(ours["transformer.h.0.mlp.c_fc"], kinds["transformer.h.0.mlp.c_fc"])
+    ids = tokens()
+    labels = ids.masked_fill(torch.arange(7) < 4, -100)  # a prompt that is not trained on
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(backend: str) -> list[Tensor]:
+        with bk.use_backend(backend):
+            return list(torch.autograd.grad(model(input_ids=ids, labels=labels).loss, parameters))
+
+    wanted = gradients("reference")
+    assert served == []
+    for found, theirs in zip(gradients("native"), wanted, strict=True):
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-6)
+    assert len(served) == 9 + 8  # backward: all but the first layer's key, and the output head with a quarter of the tokens
+    before = logits(model)
+    buffer = io.BytesIO()
+    torch.save(copy.deepcopy(model), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert set(frozen(loaded)) == set(ours)
+    assert relative_error(logits(loaded), before) < 1e-5
+    merged = bk.merge_and_unload(model)
+    assert {name: type(module) for name, module in merged.named_modules()} == kinds
+    assert relative_error(logits(merged), before) < 1e-5
+
+
+def test_a_frozen_conv1d_can_be_adapted_itself() -> None:
+    model = gpt2()
+    bk.apply_dora(model, SLICES)
+    frozen_layer = model.transformer.h[0].mlp.c_fc
+    layer = bk.FusedDoraConv1D.from_conv1d(frozen_layer, r=2)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(layer(x), frozen_layer(x))
+    model.transformer.h[0].attn.c_attn = model.transformer.h[0].attn.c_attn.to_plain()
+    model.transformer.h[1].attn.c_attn = model.transformer.h[1].attn.c_attn.to_plain()
+    assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+    assert len(bk.apply_dora(model, bk.DoraConfig(r=2, target_modules=["c_fc", "c_attn"])).replaced) == 4

@@ -55,12 +55,12 @@ def _frozen_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether the module is one that `to_frozen` made."""
-    return type(module) is FrozenLinear or (type(module).__name__ == "FrozenConv1D" and type(module).__module__ == __name__)
+    """Whether the module is one that `use_frozen_layers` made."""
+    return type(module).__module__ == __name__
 
 
-def to_frozen(model: nn.Module) -> None:
-    """Turn the plain, untrained linear layers of a model into `FrozenLinear` and `FrozenConv1D`, in place.
+def use_frozen_layers(model: nn.Module) -> None:
+    """Make the plain, untrained linear layers of a model `FrozenLinear` and `FrozenConv1D`, in place.
 
     The module stays the same object: hooks, ties and references to it hold. Left alone are subclasses and layers with a forward
     of their own.
@@ -71,8 +71,8 @@ def to_frozen(model: nn.Module) -> None:
             module.__class__ = frozen
 
 
-def to_plain(model: nn.Module) -> None:
-    """Turn the layers of a model that `to_frozen` made back into plain ones, in place."""
+def use_plain_layers(model: nn.Module) -> None:
+    """Make the layers of a model that `use_frozen_layers` changed plain again, in place."""
     for module in model.modules():
         if is_frozen(module):
-            module.__class__ = type(module).__mro__[1]
+            module.__class__ = type(module).__base__  # type: ignore[assignment]

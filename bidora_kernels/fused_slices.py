@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import SLICES
-from .frozen import to_plain
+from .frozen import use_plain_layers
 from .modules import FusedDoraConv1D, FusedDoraLinear
 
 # models whose fused projection holds all queries, then all keys, then all values; others interleave them by head
@@ -78,7 +78,7 @@ def _like(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
             layer = type(module)(weight.shape[1], weight.shape[0])
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    to_plain(layer)
+    use_plain_layers(layer)
     return layer
 
 

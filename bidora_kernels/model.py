@@ -11,7 +11,7 @@ from torch import nn
 from . import functional
 from .adapter_files import load_adapter, save_adapter
 from .config import DoraConfig
-from .frozen import to_plain
+from .frozen import use_plain_layers
 from .fused_slices import FusedDoraSlices, plain_layer
 from .modules import FusedDoraLinear
 from .targets import CONFIG_ATTRIBUTE, dora_layers, plan, put, replace, unwrap
@@ -130,7 +130,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
         if not name:
             return plain
         put(inner, name, plain)
-    to_plain(inner)
+    use_plain_layers(inner)
     if hasattr(inner, CONFIG_ATTRIBUTE):
         delattr(inner, CONFIG_ATTRIBUTE)
     _untie(inner)

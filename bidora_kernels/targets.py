@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .config import DoraConfig
-from .frozen import is_frozen, to_frozen
+from .frozen import is_frozen, use_frozen_layers
 from .fused_slices import FusedDoraSlices, slice_sizes, split
 from .modules import FusedDoraConv1D, FusedDoraLinear
 from .ops.quantized import format_of, stand_in
@@ -295,7 +295,7 @@ def replace(model: nn.Module, planned: Plan) -> None:
     for head in heads.values():
         for parameter in head.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    to_frozen(model)
+    use_frozen_layers(model)
     setattr(model, CONFIG_ATTRIBUTE, copy.deepcopy(config))
 
 

@@ -26,20 +26,25 @@ def frozen(model: nn.Module) -> dict[str, nn.Module]:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Layers of any size take the native path; the tokens of each of their products."""
+    """Layers of any size take the native path; the tokens of each of their products, forward and backward."""
     if native.why_unavailable() is not None:
         pytest.skip("the native library is not there")
     monkeypatch.setattr(op, "WORTH_FROM", 1)
     monkeypatch.setattr(_skipped_tokens, "SKIPS_FROM", 1)
     counts: list[int] = []
-    for name in ("_output", "_gradient"):
-        inner = getattr(op, name)
+    output, tokens_with_gradient = op._output, op.tokens_with_gradient
 
-        def counted(x: Tensor, *others: object, inner: object = inner) -> Tensor:
-            counts.append(x.numel() // x.shape[-1])
-            return inner(x, *others)  # type: ignore[operator]
+    def forward(x: Tensor, *others: Tensor) -> Tensor:
+        counts.append(x.numel() // x.shape[-1])
+        return output(x, *others)
 
-        monkeypatch.setattr(op, name, counted)
+    def backward(grad: Tensor, weight: Tensor) -> Tensor | None:
+        chosen = tokens_with_gradient(grad, weight)
+        counts.append(grad.numel() // grad.shape[-1] if chosen is None else chosen.numel())
+        return chosen
+
+    monkeypatch.setattr(op, "_output", forward)
+    monkeypatch.setattr(op, "tokens_with_gradient", backward)
     return counts
 
 
@@ -86,8 +91,9 @@ def test_a_classifier_with_padding(compiled: bool, served: list[int]) -> None:
     assert served == []
     for ours, theirs in zip(gradients("native"), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    # forward: four a layer (key, output, intermediate, output), the pooler; backward: all but the first layer's key
-    assert len(served) == (0 if compiled else 2 * 4 + 1 + 2 * 4)
+    # forward: key, output, intermediate and output of a layer, the pooler, whose four tokens are too few to be searched
+    # backward: in the last layer the first token of each text, but for its key; in the first all but the padding, and no key
+    assert served == ([] if compiled else [*[64] * 8, 4, 4, 4, 4, 4, 30, 30, 30, 30])
 
 
 def test_a_layer_that_is_trained_after_all(served: list[int]) -> None:
@@ -175,7 +181,9 @@ def test_conv1d(served: list[int]) -> None:
     assert served == []
     for found, theirs in zip(gradients("native"), wanted, strict=True):
         torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-6)
-    assert len(served) == 9 + 8  # backward: all but the first layer's key, and the output head with a quarter of the tokens
+    assert served[:9] == [21] * 9
+    assert served[9:] == [9, *served[10:]]  # the output head's: three of seven tokens of a text are predicted
+    assert len(served) == 17
     before = logits(model)
     buffer = io.BytesIO()
     torch.save(copy.deepcopy(model), buffer)

@@ -109,7 +109,7 @@ def backend_under(mode: PassMode, device_type: str) -> str:
 
 
 def takes_native(mode: PassMode) -> bool:
-    """Whether CPU tensors go to the native backend, for what every backend may leave to PyTorch: nothing is raised."""
+    """Whether CPU tensors go to the native backend, for what may stay with PyTorch where a named backend cannot run."""
     return (mode.backend or environment_backend()) in ("auto", "native") and _missing("native", "cpu") is None
 
 

@@ -103,14 +103,19 @@ def is_transformed(*tensors: Tensor) -> bool:
 
 def is_plain_gradient(grad: Tensor) -> bool:
     """Whether a backward pass may bypass the dispatcher: it is not differentiated itself, nor taken of many gradients at once."""
-    if torch.is_grad_enabled() or not is_eager(grad):
+    if torch.is_grad_enabled() or not is_eager(grad) or is_many(grad):
         return False
-    return not is_transformed(grad) and not torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not is_transformed(grad)
+
+
+def is_many(grad: Tensor) -> bool:
+    """Whether a backward pass is taken of many gradients at once (`is_grads_batched=True`)."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def refuse_tangent(grad: Tensor) -> None:
     """Raise where a kernel's backward pass would lose the tangent of its gradient without a word."""
-    if has_tangent(grad):
+    if not is_many(grad) and has_tangent(grad):
         raise NotImplementedError(
             "the native and triton backends do not serve forward-mode derivatives of a backward pass: run the forward under "
             'use_backend("reference")'

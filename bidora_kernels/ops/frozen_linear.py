@@ -79,7 +79,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def _output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = native.product(library.rows(library.flatten(x)), weight, bias)
+    y = native.product(library.flatten(x), weight, bias)
     return library.shaped(y, (*x.shape[:-1], weight.shape[0]))
 
 

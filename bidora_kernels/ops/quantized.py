@@ -186,6 +186,10 @@ class _QuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, lora_A, lora_B, magnitude and x_dropped."""
         library.refuse_tangent(grad_output)
+        if library.is_many(grad_output):
+            raise NotImplementedError(
+                'a quantized layer takes one gradient at a time: run the forward under use_backend("reference")'
+            )
         x, lora_A, lora_B, magnitude, x_dropped, bias, norm, *beyond = ctx.saved_tensors
         call, needs, output = ctx.call, ctx.needs_input_grad, operator.saved_output(ctx)
         needs_direction = needs[1] or needs[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,15 +18,6 @@ pytestmark = [
     pytest.mark.skipif(native.why_unavailable() is not None, reason="the native library is not there"),
     pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch was built without oneDNN"),
 ]
-
-
-@pytest.fixture
-def by_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every fp32 product goes to oneDNN, whatever the processor."""
-    monkeypatch.setattr(native, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(native, "ONEDNN_FROM", 1)
-    yield
-    _workspace.release_workspace()
 
 
 def count(call: object, backend: str = "native") -> tuple[dict[str, torch.Tensor], int]:

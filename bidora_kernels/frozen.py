@@ -10,14 +10,15 @@ from . import functional
 
 
 class FrozenLinear(nn.Linear):
-    """An `nn.Linear` that is not trained: the same numbers, and a cheaper backward pass on the native backend.
+    """An `nn.Linear` that is not trained: the same numbers but for rounding, and a cheaper pass on the native backend.
 
         y = x weight^T + bias
 
     `apply_dora` makes them of the plain linear layers that it freezes (of transformers' `Conv1D` its twin, `FrozenConv1D`), and
-    `merge_and_unload` makes them plain again. x is [..., in], weight [out, in], bias [out]. Where tokens of the output have no
-    gradient, the backward pass leaves them out (`functional.frozen_linear`); where weight or bias are trained after all, in a
-    compiled model, and on every device but a CPU, it is `F.linear`.
+    `merge_and_unload` makes them plain again. x is [..., in], weight [out, in], bias [out]. Where a quarter of the tokens of
+    the output or more have no gradient, the backward pass leaves them out (`functional.frozen_linear`). In small calls (below
+    2^26 multiply-adds), where weight or bias are trained after all, in a compiled model, on another backend than native and on
+    every device but a CPU, it is `F.linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def _frozen_kind(kind: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether the module is one that `use_frozen_layers` made."""
+    """Whether the module is a `FrozenLinear` or `FrozenConv1D`."""
     return type(module).__module__ == __name__
 
 

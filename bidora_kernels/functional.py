@@ -121,8 +121,9 @@ def dora_linear(
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x weight^T + bias of a layer that is not trained, [..., out]; dtypes, autocast and errors as of F.linear.
 
-    x is [..., in]. On the native backend the gradient of x is computed from the tokens alone whose output has one, where that is
-    cheaper: a token without one then has a gradient of 0 even where the weight is not finite. Everything else is F.linear's.
+    x is [..., in]. On the native backend products of 2^26 multiply-adds or more go to the faster library, with its rounding, and
+    where it is cheaper the gradient of x is computed from the tokens alone whose output has one: a token without one then has a
+    gradient of 0 even where the weight is not finite. Everything else is F.linear's.
     """
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)  # a choice by sizes would compile anew for every size

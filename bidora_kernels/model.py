@@ -49,8 +49,9 @@ class DoraReport:
 def apply_dora(model: nn.Module, config: DoraConfig) -> DoraReport:
     """Turn the layers that `config` names into DoRA layers, in place, and return a report of every linear layer.
 
-    Everything else is frozen, except the modules of `config.modules_to_save`, which are replaced by trained copies (so that a
-    tied weight stays frozen at its other places). The configuration is kept on the model as `dora_config`.
+    Everything else is frozen, its plain `nn.Linear` and `Conv1D` layers as `FrozenLinear` and its twin, except the modules of
+    `config.modules_to_save`, which are replaced by trained copies (so that a tied weight stays frozen at its other places). The
+    configuration is kept on the model as `dora_config`.
 
     Raises ValueError where nothing matches `target_modules` (with the nearest names), where a matched module cannot be adapted,
     and where the model has adapters already. The model is unchanged whenever something raises.

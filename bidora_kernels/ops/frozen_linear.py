@@ -1,8 +1,8 @@
 """y = x weight^T + bias of a plain linear layer that is not trained, beside DoRA layers.
 
 F.linear's own backward pass multiplies the gradient of every token with the weight. Here the tokens without one are left out, and
-both products go to the library that is faster on this processor, as those of a DoRA layer on the native backend do. Products that
-are too small for either stay with F.linear.
+both products go to the library that is faster on this processor, as those of a DoRA layer on the native backend do. Products so
+small that Python would eat the gain stay with F.linear.
 """
 
 from __future__ import annotations

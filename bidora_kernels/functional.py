@@ -125,9 +125,9 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     where it is cheaper the gradient of x is computed from the tokens alone whose output has one: a token without one then has a
     gradient of 0 even where the weight is not finite. Everything else is F.linear's.
     """
-    if torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)  # a choice by sizes would compile anew for every size
-    if _frozen_linear.is_served(x, weight, bias) and _backend.takes_native(current_mode()):
+    # while compiling a choice by sizes would compile anew for every size
+    served = not torch.compiler.is_compiling() and _frozen_linear.is_served(x, weight, bias)
+    if served and _backend.takes_native(current_mode()):
         return _frozen_linear.frozen_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -231,7 +231,7 @@ def plan(
 
 
 def _is_auto() -> bool:
-    return (current_mode().backend or _backend.environment_backend()) == "auto"
+    return _backend.asked_for(current_mode()) == "auto"
 
 
 def left_to_reference(weight: Tensor) -> str | None:

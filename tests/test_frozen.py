@@ -15,13 +15,21 @@ from bidora_kernels.frozen import is_frozen
 from bidora_kernels.ops import _skipped_tokens
 from bidora_kernels.ops import frozen_linear as op
 
-from .tiny_models import VOCABULARY, bert, gpt2, logits, randomize, relative_error, tokens
+from .tiny_models import bert, gpt2, logits, padded_classifier_gradients, randomize, relative_error, tokens
 
 CONFIG = bk.DoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
 
 
 def frozen(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_frozen(module)}
+
+
+def reloaded(model: nn.Module) -> nn.Module:
+    """The model from a file of all of it."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 @pytest.fixture
@@ -76,17 +84,7 @@ def test_a_classifier_with_padding(compiled: bool, served: list[int]) -> None:
     model = bert()
     bk.apply_dora(model, CONFIG)
     randomize(model)
-    ids, mask = torch.randint(3, VOCABULARY, (4, 16)), torch.ones(4, 16, dtype=torch.long)
-    for row, length in enumerate((3, 6, 9, 12)):
-        mask[row, length:] = 0
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    run_model = torch.compile(model, backend="aot_eager") if compiled else model
-
-    def gradients(backend: str) -> list[Tensor]:
-        with bk.use_backend(backend):
-            loss = run_model(input_ids=ids, attention_mask=mask, labels=torch.arange(4) % 2).loss
-            return list(torch.autograd.grad(loss, parameters))
-
+    gradients, _ = padded_classifier_gradients(model, compiled)
     wanted = gradients("reference")
     assert served == []
     for ours, theirs in zip(gradients("native"), wanted, strict=True):
@@ -137,10 +135,7 @@ def test_copies_states_and_files() -> None:
     names = set(frozen(model))
     assert {f"{name}.weight" for name in names} <= plain & set(model.state_dict())
     assert set(frozen(copy.deepcopy(model))) == names
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
+    loaded = reloaded(model)
     assert set(frozen(loaded)) == names
     assert relative_error(logits(loaded), logits(model)) < 1e-5
 
@@ -185,10 +180,7 @@ def test_conv1d(served: list[int]) -> None:
     assert served[9:] == [9, *served[10:]]  # the output head's: three of seven tokens of a text are predicted
     assert len(served) == 17
     before = logits(model)
-    buffer = io.BytesIO()
-    torch.save(copy.deepcopy(model), buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
+    loaded = reloaded(copy.deepcopy(model))
     assert set(frozen(loaded)) == set(ours)
     assert relative_error(logits(loaded), before) < 1e-5
     merged = bk.merge_and_unload(model)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+import bidora_kernels as bk
 
 VOCABULARY = 40
 
@@ -42,6 +46,22 @@ def tokens(seed: int = 0) -> Tensor:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(input_ids=tokens()).logits
+
+
+def padded_classifier_gradients(model: nn.Module, compiled: bool) -> tuple[Callable[[str], list[Tensor]], int]:
+    """(The gradients of what trains, by backend, on four texts of 3 to 12 tokens padded to 16; how many tokens are real)."""
+    ids, mask = torch.randint(3, VOCABULARY, (4, 16)), torch.ones(4, 16, dtype=torch.long)
+    for row, length in enumerate((3, 6, 9, 12)):
+        mask[row, length:] = 0
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    run_model = torch.compile(model, backend="aot_eager") if compiled else model
+
+    def gradients(backend: str) -> list[Tensor]:
+        with bk.use_backend(backend):
+            loss = run_model(input_ids=ids, attention_mask=mask, labels=torch.arange(4) % 2).loss
+            return list(torch.autograd.grad(loss, parameters))
+
+    return gradients, int(mask.sum())
 
 
 @torch.no_grad()

@@ -89,6 +89,11 @@ def auto_choice(device_type: str) -> BackendChoice:
     return BackendChoice(device_type, backend, f"available{limit}")
 
 
+def asked_for(mode: PassMode) -> str:
+    """The backend that a mode names, else the environment's, or "auto"."""
+    return mode.backend or environment_backend()
+
+
 def resolve(device_type: str) -> str:
     """The backend for tensors on `device_type` under the current mode and environment.
 
@@ -99,7 +104,7 @@ def resolve(device_type: str) -> str:
 
 def backend_under(mode: PassMode, device_type: str) -> str:
     """The same under a mode that is at hand."""
-    name = mode.backend or environment_backend()
+    name = asked_for(mode)
     if name == "auto":
         return _auto(device_type)
     reason = _missing(name, device_type)
@@ -110,7 +115,7 @@ def backend_under(mode: PassMode, device_type: str) -> str:
 
 def takes_native(mode: PassMode) -> bool:
     """Whether CPU tensors go to the native backend, for what may stay with PyTorch where a named backend cannot run."""
-    return (mode.backend or environment_backend()) in ("auto", "native") and _missing("native", "cpu") is None
+    return asked_for(mode) in ("auto", "native") and _missing("native", "cpu") is None
 
 
 def backends() -> dict[str, BackendChoice]:

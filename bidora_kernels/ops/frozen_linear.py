@@ -34,13 +34,16 @@ def is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if x.layout is not torch.strided or weight.layout is not torch.strided:
         return False
-    if bias is not None:  # oneDNN does not look at its stride
-        usual = bias.is_cpu and bias.shape == weight.shape[:1] and bias.is_contiguous()
-        if not usual or bias.requires_grad or not library.is_eager(bias) or library.is_transformed(bias):
+    operands: tuple[Tensor, ...] = (x, weight)
+    if bias is not None:
+        operands = (x, weight, bias)
+        if bias.requires_grad or not bias.is_cpu or bias.shape != weight.shape[:1]:
             return False
-    if not library.is_eager(x, weight) or library.is_transformed(x, weight):
+        if not bias.is_contiguous():  # oneDNN does not look at its stride
+            return False
+    if not library.is_eager(*operands) or library.is_transformed(*operands):
         return False
-    dtypes = {x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype}
+    dtypes = {operand.dtype for operand in operands}
     if torch.is_autocast_enabled("cpu"):
         return dtypes <= {torch.float32, *HALVES}
     return len(dtypes) == 1 and dtypes <= {torch.float64, torch.float32, *HALVES}

@@ -10,7 +10,7 @@ import bidora_kernels as bk
 from bidora_kernels import native
 from bidora_kernels.ops import _native_plan, _skipped_tokens
 
-from ..tiny_models import VOCABULARY, bert, randomize
+from ..tiny_models import bert, padded_classifier_gradients, randomize
 from .draws import Call, draw, run, violations
 
 pytestmark = pytest.mark.skipif(native.why_unavailable() is not None, reason="the native library is not there")
@@ -192,21 +192,11 @@ def test_a_classifier_with_padding(compiled: bool, seen: list[int]) -> None:
     model = bert()
     bk.apply_dora(model, bk.DoraConfig(r=2, target_modules="all-linear"))
     randomize(model)
-    ids, mask = torch.randint(3, VOCABULARY, (4, 16)), torch.ones(4, 16, dtype=torch.long)
-    for row, length in enumerate((3, 6, 9, 12)):
-        mask[row, length:] = 0
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    run_model = torch.compile(model, backend="aot_eager") if compiled else model
-
-    def gradients(backend: str) -> list[Tensor]:
-        with bk.use_backend(backend):
-            loss = run_model(input_ids=ids, attention_mask=mask, labels=torch.arange(4) % 2).loss
-            return list(torch.autograd.grad(loss, parameters))
-
+    gradients, real = padded_classifier_gradients(model, compiled)
     for ours, theirs in zip(gradients("native"), gradients("reference"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert seen.count(64) == 3  # query, key and value of the first layer, whose input needs no gradient
-    assert {*seen} == {4, int(mask.sum()), 64}
+    assert {*seen} == {4, real, 64}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -13,6 +13,7 @@ import bidora_kernels as bk
 
 from . import oracle
 from .cases import DTYPES, BilevelCase
+from .graphs import GRAPHS, GraphedGradients
 from .models import (
     LEARNING_RATE,
     Batch,
@@ -49,6 +50,7 @@ COMPARABLE = {  # those that estimate the second-order term at xi = 1, and where
     "paper-code": "after",
 }
 PRESETS = ("balanced", "paper-code")
+TWICE = ("ForwardMode", "DoubleBackward")  # differentiate through a pass, which is then not recorded
 # name: (estimator or preset, what is set otherwise): rows of `benchmarks.cost` alone
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ForwardDifference, 1/2": ("ForwardDifference", {"difference_batch": 0.5}),
@@ -63,20 +65,26 @@ class DifferenceMethod:
 
     The lower step, a validation pass, two train passes around the updated directions; each asks for the gradients it uses.
 
-    one_sided: a single perturbed pass, whose base gradient comes from the lower pass. autocast: of every forward pass.
+    one_sided: a single perturbed pass, whose base gradient comes from the lower pass. autocast: of every forward pass. graphs:
+    every pass is a CUDA graph.
     """
 
     def __init__(
-        self, bench: Workbench, model: nn.Module, magnitude: Direction, one_sided: bool = False, autocast: bool = False
-    ) -> None:
+        self, bench: Workbench, model: nn.Module, magnitude: Direction, one_sided: bool = False, autocast: bool = False,
+        graphs: bool = False,
+    ) -> None:  # fmt: skip
         chosen, self.autocast = {id(p) for p in magnitude}, autocast
         self.bench, self.model, self.magnitude, self.one_sided = bench, model, list(magnitude), one_sided
         self.direction = [p for p in trained(model) if id(p) not in chosen]
         self.lower = torch.optim.AdamW(self.direction, lr=LEARNING_RATE)
         self.upper = torch.optim.AdamW(self.magnitude, lr=LEARNING_RATE)
+        self._graphed = GraphedGradients(self._loss) if graphs else None
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return self.bench.loss(self.model, batch, self.autocast)
 
     def _gradients(self, batch: Batch, of: Direction) -> list[Tensor]:
-        return list(torch.autograd.grad(self.bench.loss(self.model, batch, self.autocast), of))
+        return list(torch.autograd.grad(self._loss(batch), of)) if self._graphed is None else self._graphed(batch, of)
 
     def hypergradient(self, train: Batch, validation: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """(direct, second-order term to subtract); the lower step is taken."""
@@ -130,9 +138,10 @@ def _difference_candidate(
     build: Callable[[Workbench], tuple[nn.Module, dict[str, list[Tensor]]]],
     one_sided: bool = False,
     autocast: bool = False,
+    graphs: bool = False,
 ) -> Candidate:
     model, parts = build(bench)
-    method = DifferenceMethod(bench, model, parts["magnitude"], one_sided, autocast)
+    method = DifferenceMethod(bench, model, parts["magnitude"], one_sided, autocast, graphs)
 
     def verify() -> dict[str, float]:
         return check_model(bench, model, parts, "dora", autocast)
@@ -238,11 +247,11 @@ def bilevel_providers(case: BilevelCase, variants: bool = False) -> dict[str, Ca
     variants: these too with other settings, `VARIANTS`.
     """
     found = peft_steps(case)
-
-    def eq8(bench: Workbench) -> Candidate:
-        return _difference_candidate("Eq. 8 on PEFT DoRA", bench, lambda b: peft_model(b, dora=True))
-
-    found["Eq. 8 on PEFT DoRA"] = eq8
+    peer = "Eq. 8 on PEFT DoRA"
+    found[peer] = lambda b: _difference_candidate(peer, b, lambda b: peft_model(b, dora=True))
+    if torch.cuda.is_available():
+        found["PEFT DoRA" + GRAPHS] = _graphed_step
+        found[peer + GRAPHS] = lambda b: _difference_candidate(peer, b, lambda b: peft_model(b, dora=True), graphs=True)
     if case.model.startswith("llama"):
         name = "Eq. 8 on PEFT DoRA, fp32 adapters"
 
@@ -265,7 +274,28 @@ def bilevel_providers(case: BilevelCase, variants: bool = False) -> dict[str, Ca
         chosen[name] = functools.partial(_changed, settings, changes), ratio
     for name, (settings, ratio) in chosen.items():
         found[f"{name}, {ours(backend)}"] = functools.partial(_build, name, backend, settings, ratio, reference)
+        if torch.cuda.is_available() and name not in TWICE:
+            graphed = functools.partial(_changed, settings, {"cuda_graphs": True})
+            found[f"{name}, {ours(backend)}{GRAPHS}"] = functools.partial(_build, name, backend, graphed, ratio, reference)
     return found
+
+
+def _graphed_step(bench: Workbench) -> Candidate:
+    """As the step of PEFT's DoRA, forward and backward by a CUDA graph."""
+    model, parts = peft_model(bench, dora=True)
+    parameters = trained(model)
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
+    gradients = GraphedGradients(functools.partial(bench.loss, model))
+
+    def step(batch: Batch) -> None:
+        for parameter, gradient in zip(parameters, gradients(batch, parameters), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    def verify() -> dict[str, float]:
+        return check_model(bench, model, parts, "dora")
+
+    return Candidate("PEFT DoRA" + GRAPHS, [functools.partial(step, batch) for batch in bench.batches], verify)
 
 
 def _changed(settings: Callable[[], dict[str, Any]], changes: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import operator
+import functools
 from collections import UserDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -72,7 +72,7 @@ def first_share(batch: Any, share: float, alike: bool = False) -> tuple[MicroBat
     first = max(1, round(share * rows))
     if first == rows:
         return MicroBatches([batch]), MicroBatches([batch])
-    parts = [_cut(batch, operator.itemgetter(cut)) for cut in (slice(0, first), slice(first, rows))]
+    parts = [map_leaves(batch, functools.partial(_rows_of, cut)) for cut in (slice(0, first), slice(first, rows))]
     return MicroBatches(parts, [first, rows - first]), MicroBatches(parts[:1])
 
 
@@ -100,10 +100,12 @@ def _rows(batch: Any) -> int:
     lists: set[int] = set()
 
     def seen(leaf: Any) -> Any:
+        if _is_scalar(leaf):
+            return leaf
         (tensors if isinstance(leaf, Tensor) else lists).add(len(leaf))
         return leaf
 
-    _cut(batch, seen)
+    map_leaves(batch, seen)
     if not tensors:
         raise TypeError(f"a batch of which a share is taken must hold tensors, got {type(batch).__name__}: {REMEDY}")
     if len(tensors | lists) > 1:
@@ -115,14 +117,25 @@ def _rows(batch: Any) -> int:
     return tensors.pop()
 
 
-def _cut(batch: Any, take: Callable[[Any], Any]) -> Any:
-    """The same structure with `take` of every tensor and of every sequence without tensors."""
+def _is_scalar(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim == 0
+
+
+def _rows_of(rows: slice, leaf: Any) -> Any:
+    return leaf if _is_scalar(leaf) else leaf[rows]
+
+
+def map_leaves(batch: Any, take: Callable[[Any], Any]) -> Any:
+    """The same structure with `take` of every tensor and of every sequence without tensors.
+
+    Raises TypeError for a batch with anything else in it but plain values.
+    """
     if isinstance(batch, Tensor) and batch.layout is torch.strided and not batch.is_nested:
-        return take(batch) if batch.ndim else batch
+        return take(batch)
     if isinstance(batch, PLAIN):
         return batch
     if isinstance(batch, Mapping):
-        items = {key: _cut(value, take) for key, value in batch.items()}
+        items = {key: map_leaves(value, take) for key, value in batch.items()}
         if isinstance(batch, UserDict):
             return type(batch)(items)
         same = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
@@ -130,13 +143,13 @@ def _cut(batch: Any, take: Callable[[Any], Any]) -> Any:
             same[key] = value
         return same
     if isinstance(batch, tuple) and hasattr(batch, "_fields") and not isinstance(batch, PackedSequence):
-        return type(batch)(*(_cut(item, take) for item in batch))
+        return type(batch)(*(map_leaves(item, take) for item in batch))
     if type(batch) in (list, tuple):
         if batch and _has_no_tensor(batch):
             return take(batch)
         if not any(isinstance(item, Mapping) for item in batch):
-            return type(batch)(_cut(item, take) for item in batch)
-    raise TypeError(f"a batch of which a share is taken must hold tensors and plain values, got {type(batch).__name__}: {REMEDY}")
+            return type(batch)(map_leaves(item, take) for item in batch)
+    raise TypeError(f"a batch that is cut or recorded must hold tensors and plain values, got {type(batch).__name__}: {REMEDY}")
 
 
 def _has_no_tensor(value: Any) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +47,16 @@ class FlatParameters:
         """Lay out buffers for the parameters as they are now, copy the values, and make unsharded parameters views."""
         values = self._values()
         self._part_shapes = [value.shape for value in values]
-        sizes: dict[tuple[torch.dtype, torch.device], int] = {}
-        self._places: list[tuple[int, int]] = []  # buffer, offset
+        pieces: dict[tuple[torch.dtype, torch.device], list[int]] = {}  # the lengths of values and of the padding between
+        self._places: list[tuple[int, int]] = []  # buffer, piece of it
         for value in values:
             key = (value.dtype, value.device)
-            offset = sizes.setdefault(key, 0)
-            self._places.append((list(sizes).index(key), offset))
+            lengths = pieces.setdefault(key, [])
+            self._places.append((list(pieces).index(key), len(lengths)))
             quantum = ALIGNMENT // value.element_size()
-            sizes[key] = offset + math.ceil(value.numel() / quantum) * quantum
-        self.buffers = [torch.zeros(size, dtype=dtype, device=device) for (dtype, device), size in sizes.items()]
+            lengths += [value.numel(), -value.numel() % quantum]
+        self._pieces = list(pieces.values())
+        self.buffers = [torch.zeros(sum(lengths), dtype=dtype, device=device) for (dtype, device), lengths in pieces.items()]
         views = self.views(self.buffers)
         copy_all(views, values)
         if self.group is None:
@@ -93,10 +94,8 @@ class FlatParameters:
 
     def views(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """The parts of a vector, one per parameter, in its shape (in its shard's shape)."""
-        return [
-            vector[buffer][offset : offset + shape.numel()].view(shape)
-            for (buffer, offset), shape in zip(self._places, self._part_shapes, strict=True)
-        ]
+        pieces = [part.split_with_sizes(lengths) for part, lengths in zip(vector, self._pieces, strict=True)]
+        return [pieces[buffer][piece].view(shape) for (buffer, piece), shape in zip(self._places, self._part_shapes, strict=True)]
 
     def tensors(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """The parts of a vector as tensors that are sharded where their parameters are."""
@@ -163,10 +162,16 @@ class FlatParameters:
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy each source into its target, in few kernels."""
+    """Copy each source into its target, in few kernels, which take tensors of one kind."""
+    alike: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        kind = (target.dtype, target.device, source.dtype, source.device)
+        group = alike.setdefault(kind, ([], []))
+        group[0].append(target)
+        group[1].append(source)
     with torch.no_grad():
-        if targets:
-            torch._foreach_copy_(targets, sources)
+        for members in alike.values():
+            torch._foreach_copy_(*members)
 
 
 def is_finite(vector: Vector) -> bool:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from ..ops._context import DirectionPoint
 from .batches import first_share
-from .checks import check_groups, check_levels, check_settings, check_sharding, dora_layers
+from .checks import check_graphs, check_groups, check_levels, check_settings, check_sharding, dora_layers
 from .estimators import Estimator, FirstOrder
 from .flat import FlatParameters, Vector, add, is_finite, scaled
+from .graphs import PassGraphs
 from .passes import LossFunction, NonFinitePass, Passes, Stopwatch
 from .radius import coarsest_dtype
 from .sama import Sama, step_derivative
 from .sharding import whole_value
-from .snapshot import PassState, Undo, with_statistics
+from .snapshot import Copies, PassState, Undo, with_statistics
 from .stats import Advice, Hypergradient, StepStats, step_stats
 from .train_loss import TrainLoss
 
@@ -44,7 +45,11 @@ class BilevelOptimizer:
     unless its rows have equal numbers of them and of ones in every mask, and always under FSDP2). A callable train batch -> part:
     any part, at the price of a base pass of its own. process_group: average over its processes; under DistributedDataParallel
     the default group is taken. Under FSDP2 (`fully_shard` before the optimizers are made) every process holds its shards;
-    estimators that differentiate twice, a penalty and a grad_scaler are refused there.
+    estimators that differentiate twice, a penalty and a grad_scaler are refused there. cuda_graphs: record a pass the second
+    time that its kind comes (a loss function, shapes of a batch) and replay it from then on, which spares the host the launches
+    of all but the first; for one CUDA device, without a grad_scaler or processes. What `loss_fn` and the model do in Python then
+    happens while a pass is recorded, not in each: no value of the device may be waited for, no random number of Python or of
+    the CPU be drawn, and loss_fn must be one function that is not made anew for every step.
 
     The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
     anything raises changes nothing. After a step `.grad` is None; a parameter that had no gradient is not moved. Random numbers
@@ -74,6 +79,7 @@ class BilevelOptimizer:
         compute_dtype: torch.dtype | None = None,
         difference_batch: float | Callable[[Any], Any] | None = None,
         process_group: Any = None,
+        cuda_graphs: bool = False,
     ) -> None:
         """Check the settings and move the parameters into flat buffers."""
         self.model, self.lower, self.upper = model, lower, upper
@@ -88,6 +94,7 @@ class BilevelOptimizer:
         self._seen: set[torch.dtype] = set()  # what the latest pass that said so computed in; compiled ones may not say
         self._normalizing = with_statistics(model)
         self._advice = Advice()
+        self._copies = Copies(), Copies()  # of the optimizers' states, for steps that fail
         check_settings(self)
         self._direction = FlatParameters(_parameters(lower))
         self._magnitude = FlatParameters(_parameters(upper))
@@ -99,6 +106,10 @@ class BilevelOptimizer:
         self._distributed = process_group is not None or (
             isinstance(plain, nn.parallel.DistributedDataParallel) and dist.is_available() and dist.is_initialized()
         )
+        self._graphs: PassGraphs | None = None
+        if cuda_graphs:
+            check_graphs(self)
+            self._graphs = PassGraphs(model, self._direction, self._magnitude)
 
     @property
     def needs_validation(self) -> bool:
@@ -162,6 +173,8 @@ class BilevelOptimizer:
         self._magnitude.refresh()
         if self._direction.refresh():
             self._left = None
+        if self._graphs is not None:
+            self._graphs.refresh()
 
     def _where(self) -> tuple[DirectionPoint | None, Vector]:
         """Where the directions are, and a copy of them; the last step's, norms included, where nobody has moved them since."""
@@ -182,7 +195,9 @@ class BilevelOptimizer:
     ) -> None:
         """Run the passes into `result`; with `keep` the lower optimizer's step has been taken at the end."""
         estimator, flat = self.estimator, self._direction
-        passes = Passes(self.model, flat, self._magnitude, self.grad_scaler, self.process_group, self._distributed, watch)
+        passes = Passes(
+            self.model, flat, self._magnitude, self.grad_scaler, self.process_group, self._distributed, watch, self._graphs
+        )  # fmt: skip
         start, before = undo.start, undo.direction
         part = train_batch
         if val_batch is not None and estimator.has_second_order and isinstance(self.difference_batch, int | float):
@@ -196,7 +211,7 @@ class BilevelOptimizer:
         result.train_loss = passes.average_loss(lower.loss)
         grads = lower.direction
         if val_batch is None:
-            self._lower_step(grads)
+            self._lower_step(grads, derive=False)
             return
         base, drawn = (self._magnitude.gather(lower.magnitude), lower.drawn) if reuse else (None, None)
         del lower
@@ -265,8 +280,8 @@ class BilevelOptimizer:
             return None
         return scaled(self.estimator.mixed_derivative(loss, self.estimator.response(loss, vector)), -1.0)
 
-    def _lower_step(self, grads: list[Tensor | None]) -> Vector | None:
-        """The lower optimizer's step on clipped gradients; for Sama also J, taken from the state before it."""
+    def _lower_step(self, grads: list[Tensor | None], derive: bool = True) -> Vector | None:
+        """The lower optimizer's step on clipped gradients; for Sama also J, from the state before it, where it will be used."""
         parameters = self._direction.parameters
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
@@ -275,7 +290,7 @@ class BilevelOptimizer:
             total = torch.nn.utils.clip_grad_norm_(parameters, self.lower_max_norm)
             clip = min(1.0, self.lower_max_norm / (whole_value(total) + 1e-6))
         jacobian = None
-        if isinstance(self.estimator, Sama):
+        if derive and isinstance(self.estimator, Sama):
             jacobian = step_derivative(self.lower, self._direction, grads, self.estimator.horizon, clip)
         _step(self.lower, parameters)
         return jacobian

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..ops._context import DirectionPoint, pass_mode
 from .batches import parts_of
 from .flat import FlatParameters, Vector
+from .graphs import PassGraphs
 from .sharding import sum_over
 from .snapshot import PassState
 
@@ -85,15 +87,24 @@ class Passes:
         process_group: Any,
         distributed: bool,
         stopwatch: Stopwatch,
+        graphs: PassGraphs | None = None,
     ) -> None:
-        """Keep what every pass needs."""
-        self.model, self.lower, self.upper, self.stopwatch = model, lower, upper, stopwatch
+        """Keep what every pass needs. graphs: record and replay passes."""
+        self.model, self.lower, self.upper, self.stopwatch, self._graphs = model, lower, upper, stopwatch, graphs
         self.scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
         self._group, self.distributed = process_group, distributed
         self.touched: set[int] = set()  # the identities of parameters that had a gradient in a pass
         self._devices = devices = {parameter.device for parameter in (*lower.parameters, *upper.parameters)}
         # autograd gives a GPU a thread of its own, on which the layers' Python runs with cold caches: half as fast as here
         self._one_thread = len(devices) == 1 and not distributed and next(iter(devices)).type == "cuda"
+
+    @functools.cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        """Every parameter that requires gradients, of a level or not."""
+        everything = {id(parameter): parameter for parameter in (*self.lower.parameters, *self.upper.parameters)}
+        if isinstance(self.model, nn.Module):
+            everything |= {id(parameter): parameter for parameter in self.model.parameters()}
+        return [parameter for parameter in everything.values() if parameter.requires_grad]
 
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keep a wrapper that averages gradients itself from doing so: every pass's are averaged here."""
@@ -105,11 +116,7 @@ class Passes:
         """Let only the needed groups require gradients, so that a backward pass computes nothing else."""
         wanted = {"direction": self.lower.parameters, "magnitude": self.upper.parameters}
         kept = {id(parameter) for group in needs for parameter in wanted[group]}
-        everything = [*self.lower.parameters, *self.upper.parameters]
-        if isinstance(self.model, nn.Module):
-            known = {id(parameter) for parameter in everything}
-            everything += [parameter for parameter in self.model.parameters() if id(parameter) not in known]
-        off = [parameter for parameter in everything if parameter.requires_grad and id(parameter) not in kept]
+        off = [parameter for parameter in self._trained if parameter.requires_grad and id(parameter) not in kept]
         try:
             for parameter in off:
                 parameter.requires_grad_(False)
@@ -150,12 +157,13 @@ class Passes:
         with self.stopwatch.measure(kind), torch.enable_grad(), self.no_sync():
             for number, (part, weight) in enumerate(parts, 1):
                 own = needs if number <= last else needs - {"magnitude"}
-                with self.requiring(own), pass_mode(needs=own, differentiate_norm=differentiate_norm, point=point) as mode:
-                    loss = checked_loss(loss_fn(self.model, part))
-                    self._backward(loss, weight / share)
-                losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)) * weight)
-                seen |= mode.seen_dtypes
-                del loss
+                if self._graphs is None:
+                    loss, dtypes = self._differentiate(loss_fn, part, weight / share, own, differentiate_norm, point)
+                else:
+                    compute = functools.partial(self._differentiate, loss_fn, needs=own, differentiate_norm=differentiate_norm)
+                    loss, dtypes = self._graphs.run((loss_fn, differentiate_norm), own, part, weight / share, compute)
+                losses.append(loss.to(torch.promote_types(loss.dtype, torch.float32)) * weight)
+                seen |= dtypes
                 if number == last:
                     drawn = PassState(self._devices)
                     magnitude = self._take(self.upper.parameters) if "magnitude" in needs else []
@@ -167,6 +175,21 @@ class Passes:
         result.direction = self._combined(self.lower, direction, kind, share)
         result.magnitude = self._combined(self.upper, magnitude, kind)
         return result
+
+    def _differentiate(
+        self,
+        loss_fn: LossFunction,
+        batch: Any,
+        weight: float | Tensor,
+        needs: set[str],
+        differentiate_norm: bool | None,
+        point: DirectionPoint | None = None,
+    ) -> tuple[Tensor, set[torch.dtype]]:
+        """(The detached loss of one batch, the dtypes of its products); adds the gradient of weight * loss to `.grad`."""
+        with self.requiring(needs), pass_mode(needs=needs, differentiate_norm=differentiate_norm, point=point) as mode:
+            loss = checked_loss(loss_fn(self.model, batch))
+            self._backward(loss, weight)
+        return loss.detach(), mode.seen_dtypes
 
     def eager_dtypes(self, loss_fn: LossFunction, batch: Any) -> set[torch.dtype]:
         """The dtypes of the layers' products, from a forward of one part of the batch that leaves torch.compile out."""
@@ -185,8 +208,12 @@ class Passes:
                     f"{-float(ends[1]):.3g} to {float(ends[0]):.3g}: give equal numbers of rows, or a callable"
                 )
 
-    def _backward(self, loss: Tensor, weight: float) -> None:
-        weighted = loss if weight == 1.0 else loss * weight
+    def _backward(self, loss: Tensor, weight: float | Tensor) -> None:
+        if isinstance(weight, Tensor):  # of a recorded pass: it may be another one in each replay
+            weight = weight.to(loss.dtype)
+            weighted = loss * weight
+        else:
+            weighted = loss if weight == 1.0 else loss * weight
         with contextlib.ExitStack() as around:
             if self._one_thread:
                 around.enter_context(torch.autograd.set_multithreading_enabled(False))

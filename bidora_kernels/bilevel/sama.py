@@ -94,7 +94,7 @@ def step_derivative(
     optimizer = check_lower_optimizer(optimizer)
     pairs = zip(flat.parameters, grads, strict=True)
     given = {parameter: local_part(grad) for parameter, grad in pairs if grad is not None}
-    results: dict[torch.nn.Parameter, Tensor] = {}
+    results: dict[torch.nn.Parameter, tuple[Tensor, Tensor]] = {}  # J * kappa, and what it is 0 without
     for group in optimizer.param_groups:
         parameters = [parameter for parameter in group["params"] if parameter in given]
         if not parameters:
@@ -103,7 +103,10 @@ def step_derivative(
             results.update(_sgd(optimizer, group, parameters, horizon, clip))
         else:
             results.update(_adam(optimizer, group, parameters, given, horizon, clip))
-    return flat.gather([results.get(parameter) for parameter in flat.parameters])
+    values, roots = (
+        flat.gather([None if (found := results.get(p)) is None else found[part] for p in flat.parameters]) for part in (0, 1)
+    )
+    return [torch.where(root > 0.0, value, 0.0) for value, root in zip(values, roots, strict=True)]
 
 
 def kappa(beta: float, horizon: int) -> float:
@@ -113,15 +116,15 @@ def kappa(beta: float, horizon: int) -> float:
 
 def _sgd(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Any], horizon: int, clip: float
-) -> dict[Any, Tensor]:
+) -> dict[Any, tuple[Tensor, Tensor]]:
     momentum = group["momentum"]
     factor = float(group["lr"]) * clip * kappa(momentum, horizon)
     results = {}
     for parameter in parameters:
         started = momentum != 0.0 and optimizer.state[parameter].get("momentum_buffer") is not None
-        results[parameter] = torch.full_like(
-            local_part(parameter.detach()), factor * (1.0 - group["dampening"] if started else 1.0)
-        )
+        value = local_part(parameter.detach())
+        rate = torch.full_like(value, factor * (1.0 - group["dampening"] if started else 1.0))
+        results[parameter] = rate, torch.ones_like(value)
     return results
 
 
@@ -133,11 +136,11 @@ def _adam(
     given: dict[Any, Tensor],
     horizon: int,
     clip: float,
-) -> dict[Any, Tensor]:
+) -> dict[Any, tuple[Tensor, Tensor]]:
     beta1, beta2 = (float(beta) for beta in group["betas"])
     factor = float(group["lr"]) * clip * kappa(beta1, horizon)
     decays_gradient = not (isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False))
-    results = {}
+    results: dict[Any, tuple[Tensor, Tensor]] = {}
     for (dtype, device, step), members in _alike(optimizer, parameters).items():
         del dtype, device
         states = [optimizer.state[parameter] for parameter in members] if step > 1 else []
@@ -164,8 +167,7 @@ def _adam(
         torch._foreach_add_(first, (1.0 - beta1) / correction1)
         torch._foreach_div_(first, denominator)
         torch._foreach_mul_(first, factor)
-        for parameter, value, root_part in zip(members, first, root, strict=True):
-            results[parameter] = torch.where(root_part > 0.0, value, 0.0)
+        results.update(zip(members, zip(first, root, strict=True), strict=True))
     return results
 
 

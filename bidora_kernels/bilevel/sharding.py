@@ -15,13 +15,14 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
-@torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """The part that this process holds, the same memory; a tensor that is not sharded is returned as it is."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[attr-defined,no-any-return]
 
 
-@torch.no_grad()
 def sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
     """`part` as this process's part of a tensor that is sharded as `parameter` is."""
     if not is_sharded(parameter):
@@ -29,9 +30,10 @@ def sharded_like(parameter: nn.Parameter, part: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     layout: Any = parameter
-    return DTensor.from_local(
-        part, layout.device_mesh, layout.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    with torch.no_grad():
+        return DTensor.from_local(
+            part, layout.device_mesh, layout.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
 
 
 def whole_value(scalar: Tensor) -> float:

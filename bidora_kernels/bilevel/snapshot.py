@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,8 @@ class PassState:
 
     def __init__(self, devices: Iterable[torch.device], modules: Iterable[nn.Module] = ()) -> None:
         """Copy the current states."""
-        statistics = [buffer for module in modules for buffer in module.buffers(recurse=False)]
-        self._statistics = list(zip(statistics, _packed(statistics), strict=True))
+        self._statistics = Copies()
+        self._statistics.take([buffer for module in modules for buffer in module.buffers(recurse=False)])
         self._cpu = torch.get_rng_state()
         kinds = {device for device in devices if device.type not in ("cpu", "meta")}
         self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in kinds]
@@ -40,29 +41,59 @@ class PassState:
 
     def restore(self) -> None:
         """Make the copied states current."""
-        copy_all([buffer for buffer, _ in self._statistics], [saved for _, saved in self._statistics])
+        self._statistics.put_back()
         torch.set_rng_state(self._cpu)
         for device, state in self._devices:
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _packed(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of tensors, few kernels for many small ones."""
-    copies: list[Tensor] = [torch.empty_like(tensor) for tensor in tensors]
-    copy_all(copies, [tensor.detach() for tensor in tensors])
-    return copies
+class Copies:
+    """Copies of the tensors among some values, in few kernels; in the same memory while the values are the same ones."""
+
+    def __init__(self) -> None:
+        """Nothing is copied yet."""
+        self._of: list[Any] = []
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # tensors of one kind, their copies
+        self._scalars: list[tuple[list[Tensor], Tensor]] = []  # tensors of one number each, as an optimizer's steps are
+
+    def take(self, values: list[Any]) -> None:
+        """Copy the tensors among the values as they are now."""
+        if len(values) != len(self._of) or not all(map(operator.is_, values, self._of)):
+            self._lay_out(values)
+        with torch.no_grad():
+            for tensors, copies in self._pairs:
+                torch._foreach_copy_(copies, tensors)
+            for scalars, numbers in self._scalars:
+                torch.stack(scalars, out=numbers)
+
+    def _lay_out(self, values: list[Any]) -> None:
+        self._of = values
+        alike: dict[tuple[Any, ...], list[Tensor]] = {}
+        for value in values:
+            if torch.is_tensor(value):
+                part = local_part(value)
+                alike.setdefault((part.dtype, part.device, part.ndim == 0), []).append(part)
+        self._scalars = [(tensors, torch.stack(tensors)) for (_, _, is_scalar), tensors in alike.items() if is_scalar]
+        others = [tensors for (_, _, is_scalar), tensors in alike.items() if not is_scalar]
+        self._pairs = [(tensors, [torch.empty_like(tensor) for tensor in tensors]) for tensors in others]
+
+    def put_back(self) -> None:
+        """Write the copies into the tensors that they were taken of."""
+        with torch.no_grad():
+            for tensors, copies in self._pairs:
+                torch._foreach_copy_(tensors, copies)
+            for scalars, numbers in self._scalars:
+                torch._foreach_copy_(scalars, list(numbers.unbind()))
 
 
 class OptimizerState:
     """The state and the settings of an optimizer, put back exactly and into the same tensors."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy every tensor of the state, and the groups' settings."""
-        self._optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, copies: Copies) -> None:
+        """Copy every tensor of the state, and the groups' settings. copies: where to, no others' meanwhile."""
+        self._optimizer, self._copies = optimizer, copies
         self._entries = {parameter: dict(state) for parameter, state in optimizer.state.items()}
-        values = (value for state in self._entries.values() for value in state.values())
-        tensors = [local_part(value) for value in values if torch.is_tensor(value)]
-        self._tensors = list(zip(tensors, _packed(tensors), strict=True))
+        copies.take([value for state in self._entries.values() for value in state.values()])
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         self._rates = [(value, value.clone()) for group in self._groups for value in group.values() if torch.is_tensor(value)]
 
@@ -71,8 +102,8 @@ class OptimizerState:
         state = self._optimizer.state
         state.clear()
         state.update({parameter: dict(entry) for parameter, entry in self._entries.items()})
-        kept = self._tensors + self._rates
-        copy_all([tensor for tensor, _ in kept], [saved for _, saved in kept])
+        self._copies.put_back()
+        copy_all([tensor for tensor, _ in self._rates], [saved for _, saved in self._rates])
         for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
             for key in [key for key in group if key != "params" and key not in settings]:
                 del group[key]
@@ -116,7 +147,7 @@ class Undo:
         self.point, self.direction = owner._where()
         self.magnitude = owner._magnitude.clone()
         self._grads = Grads([*owner._direction.parameters, *owner._magnitude.parameters])
-        self._parts: list[Any] = [OptimizerState(owner.lower), OptimizerState(owner.upper)]
+        self._parts: list[Any] = [OptimizerState(owner.lower, owner._copies[0]), OptimizerState(owner.upper, owner._copies[1])]
         schedulers = [owner.lower_scheduler, owner.upper_scheduler]
         self._parts += [SchedulerState(scheduler) for scheduler in schedulers if scheduler is not None]
         self.start = owner._pass_state()

@@ -93,14 +93,15 @@ class Prepared:
             run(self.name, self.kernel, self.grid, anchor, *tensors, *self.numbers, **self.options)
             return
         index, aligned = anchor.get_device(), 0
-        for tensor in tensors:
-            aligned = 2 * aligned + (tensor.data_ptr() & 15 == 0)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        for address in addresses:
+            aligned = 2 * aligned + (address & 15 == 0)
         key = (index, aligned, *[tensor.dtype for tensor in tensors])
         ready = self._ready.get(key)
         if ready is not None and index == torch.cuda.current_device():
             LAUNCHES[self.name] += 1
             launch, tail = ready
-            launch(*tensors, *tail)
+            launch(*addresses, *tail)  # of a tensor Triton would ask the driver whether its address is a GPU's
             return
         launched = run(self.name, self.kernel, self.grid, anchor, *tensors, *self.numbers, **self.options)
         if launched is not None:

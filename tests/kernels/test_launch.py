@@ -103,7 +103,7 @@ def test_a_prepared_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         prepared(aligned)
     assert len(kernel.compiled) == 1
     assert len(kernel.launched) == 2
-    assert kernel.launched[-1] == ((3, 2, 1), (aligned, 64, 0.5, 128))
+    assert kernel.launched[-1] == ((3, 2, 1), (aligned.data_ptr(), 64, 0.5, 128))
     prepared(odd)
     prepared(aligned.to(torch.bfloat16).as_subclass(OnGpu))
     assert len(kernel.compiled) == 3  # another alignment, another dtype

@@ -158,8 +158,10 @@ def precision(*operands: Tensor | None) -> str:
     """
     if torch.version.hip is not None:
         return "ieee"
-    wide = any(operand is not None and operand.element_size() > 2 for operand in operands)
-    return "tf32x3" if wide else "tf32"
+    for operand in operands:
+        if operand is not None and operand.element_size() > 2:
+            return "tf32x3"
+    return "tf32"
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arithmetic import NORM_FLOOR, dot, inverse_norm, updated_tile
-from ._launch import cdiv, precision, rows, run, tile
+from ._launch import Prepared, architecture_of, cdiv, geometry, precision, rows
+from .tiles import tile_for
 
 NEAR_ZERO = 2.0**-8  # of |magnitude| / norm: fp16 outputs below it may be subnormal
 _NEAR_ZERO = tl.constexpr(NEAR_ZERO)
@@ -75,12 +76,24 @@ def launch_magnitude_gradient(
     (tokens, in_features), out_features, r = x.shape, weight.shape[0], lora_A.shape[0]
     grad_output, x, lora_A, lora_B = rows(grad_output), rows(x), rows(lora_A), rows(lora_B)
     if out_features:
-        chosen = tile("magnitude_gradient", r, grad_output, x, weight, lora_A, lora_B)
-        run(
-            "magnitude_gradient", _magnitude_gradient_kernel, (cdiv(out_features, chosen["BLOCK_OUT"]),), weight,
-            grad_output, x, weight, lora_A, lora_B, magnitude.contiguous(), norm.contiguous(), grad_magnitude,
-            tokens, out_features, in_features, r, float(scaling),
-            grad_output.stride(0), x.stride(0), *weight.stride(), lora_A.stride(0), lora_B.stride(0),
-            RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=precision(grad_output, x, lora_A, lora_B), **chosen,
+        operands = (grad_output, x, lora_A, lora_B)
+        launch = _prepared(
+            architecture_of(x.device), tokens, out_features, in_features, r, float(scaling),
+            max(weight.element_size(), *[operand.element_size() for operand in operands]), precision(*operands),
+            (grad_output.stride(0), x.stride(0), *weight.stride(), lora_A.stride(0), lora_B.stride(0)),
         )  # fmt: skip
+        launch(grad_output, x, weight, lora_A, lora_B, magnitude.contiguous(), norm.contiguous(), grad_magnitude)
     return grad_magnitude
+
+
+@geometry
+def _prepared(
+    architecture: str, tokens: int, out_features: int, in_features: int, r: int, scaling: float, widest: int, exact: str,
+    strides: tuple[int, ...],
+) -> Prepared:  # fmt: skip
+    chosen = tile_for("magnitude_gradient", r, widest, architecture)
+    return Prepared(
+        "magnitude_gradient", _magnitude_gradient_kernel, (cdiv(out_features, chosen["BLOCK_OUT"]),),
+        (tokens, out_features, in_features, r, scaling, *strides),
+        RANK_CHUNKS=cdiv(r, chosen["BLOCK_R"]), PRECISION=exact, **chosen,
+    )  # fmt: skip

@@ -44,9 +44,12 @@ def flatten(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
 def shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The same values in another shape, not counted as a view: an operator's output may then be overwritten in place."""
-    return tensor if tensor.shape == shape else torch.ops.aten._unsafe_view(tensor, shape)
+    return tensor if tensor.shape == shape else _unsafe_view(tensor, shape)
 
 
 _NOTHING = contextlib.nullcontext()

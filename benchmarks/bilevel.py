@@ -250,7 +250,6 @@ def bilevel_providers(case: BilevelCase, variants: bool = False) -> dict[str, Ca
     peer = "Eq. 8 on PEFT DoRA"
     found[peer] = lambda b: _difference_candidate(peer, b, lambda b: peft_model(b, dora=True))
     if torch.cuda.is_available():
-        found["PEFT DoRA" + GRAPHS] = _graphed_step
         found[peer + GRAPHS] = lambda b: _difference_candidate(peer, b, lambda b: peft_model(b, dora=True), graphs=True)
     if case.model.startswith("llama"):
         name = "Eq. 8 on PEFT DoRA, fp32 adapters"
@@ -278,24 +277,6 @@ def bilevel_providers(case: BilevelCase, variants: bool = False) -> dict[str, Ca
             graphed = functools.partial(_changed, settings, {"cuda_graphs": True})
             found[f"{name}, {ours(backend)}{GRAPHS}"] = functools.partial(_build, name, backend, graphed, ratio, reference)
     return found
-
-
-def _graphed_step(bench: Workbench) -> Candidate:
-    """As the step of PEFT's DoRA, forward and backward by a CUDA graph."""
-    model, parts = peft_model(bench, dora=True)
-    parameters = trained(model)
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-    gradients = GraphedGradients(functools.partial(bench.loss, model))
-
-    def step(batch: Batch) -> None:
-        for parameter, gradient in zip(parameters, gradients(batch, parameters), strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-
-    def verify() -> dict[str, float]:
-        return check_model(bench, model, parts, "dora")
-
-    return Candidate("PEFT DoRA" + GRAPHS, [functools.partial(step, batch) for batch in bench.batches], verify)
 
 
 def _changed(settings: Callable[[], dict[str, Any]], changes: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import bidora_kernels as bk
 
 from . import oracle
 from .cases import DTYPES, StepCase
+from .graphs import GRAPHS, GraphedGradients
 from .peers import BACKENDS, backend_context, need_backend, need_package, ours
 from .plain_function import plain_function
 from .timing import Candidate
@@ -303,17 +304,27 @@ def step_candidate(
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     compiled: bool = False,
     autocast: bool = False,
+    graphs: bool = False,
 ) -> Candidate:
-    """One AdamW step on one batch; autocast: the forward pass runs under it, as the Trainer's does with bf16=True."""
+    """One AdamW step on one batch.
+
+    autocast: the forward pass runs under it, as the Trainer's does with bf16=True. graphs: forward and backward are one CUDA
+    graph.
+    """
     model, parts = build(bench)
     parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE) if parameters else None
     run: Model = torch.compile(model) if compiled else model
+    graphed = GraphedGradients(lambda batch: bench.loss(run, batch, autocast)) if graphs else None
 
     def step(batch: Batch) -> None:
         for parameter in parameters:
             parameter.grad = None
-        bench.loss(run, batch, autocast).backward()
+        if graphed is None:
+            bench.loss(run, batch, autocast).backward()
+        else:
+            for parameter, gradient in zip(parameters, graphed(batch, parameters), strict=True):
+                parameter.grad = gradient
         if optimizer is not None:
             optimizer.step()
 
@@ -324,12 +335,12 @@ def step_candidate(
     return Candidate(name, [functools.partial(step, batch) for batch in bench.batches], verify, around)
 
 
-def _bidora(bench: Workbench, backend: str, compiled: bool = False) -> Candidate:
+def _bidora(bench: Workbench, backend: str, compiled: bool = False, graphs: bool = False) -> Candidate:
     need_backend(backend, bench.device)
     name = ours(backend) + (", torch.compile" if compiled else "")
     around = functools.partial(backend_context, backend)
     with around():
-        return step_candidate(name, bench, "dora", bidora_model, around, compiled)
+        return step_candidate(name, bench, "dora", bidora_model, around, compiled, graphs=graphs)
 
 
 def peft_steps(bench_case: StepCase) -> dict[str, Callable[[Workbench], Candidate]]:
@@ -339,6 +350,10 @@ def peft_steps(bench_case: StepCase) -> dict[str, Callable[[Workbench], Candidat
         "PEFT LoRA": lambda b: step_candidate("PEFT LoRA", b, "lora", lambda b: peft_model(b, dora=False)),
         "PEFT DoRA": lambda b: step_candidate("PEFT DoRA", b, "dora", lambda b: peft_model(b, dora=True)),
     }
+    if torch.cuda.is_available():
+        for peer, rule in (("PEFT LoRA", "lora"), ("PEFT DoRA", "dora")):
+            build = functools.partial(peft_model, dora=rule == "dora")
+            found[peer + GRAPHS] = functools.partial(step_candidate, peer, rule=rule, build=build, graphs=True)
     if bench_case.model.startswith("llama"):
         name = "PEFT DoRA, fp32 adapters"
         found[name] = lambda b: step_candidate(name, b, "dora", lambda b: peft_model(b, dora=True, fp32=True), autocast=True)
@@ -351,6 +366,8 @@ def step_providers(case: StepCase) -> dict[str, Callable[[Workbench], Candidate]
     found["plain function"] = lambda b: step_candidate("plain function", b, "dora", plain_function_model)
     for backend in BACKENDS:
         found[ours(backend)] = functools.partial(_bidora, backend=backend)
+        if torch.cuda.is_available() and backend == "triton":
+            found[ours(backend) + GRAPHS] = functools.partial(_bidora, backend=backend, graphs=True)
     if case.model.startswith("llama") and case.hidden > 512:
         found[ours("reference") + ", torch.compile"] = functools.partial(_bidora, backend="reference", compiled=True)
     return found

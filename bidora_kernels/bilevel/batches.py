@@ -149,7 +149,7 @@ def map_leaves(batch: Any, take: Callable[[Any], Any]) -> Any:
             return take(batch)
         if not any(isinstance(item, Mapping) for item in batch):
             return type(batch)(map_leaves(item, take) for item in batch)
-    raise TypeError(f"a batch that is cut or recorded must hold tensors and plain values, got {type(batch).__name__}: {REMEDY}")
+    raise TypeError(f"a batch of which a share is taken must hold tensors and plain values, got {type(batch).__name__}: {REMEDY}")
 
 
 def _has_no_tensor(value: Any) -> bool:

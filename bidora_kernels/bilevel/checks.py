@@ -60,10 +60,10 @@ def check_graphs(owner: BilevelOptimizer) -> None:
     """Raise TypeError or ValueError for what passes recorded as CUDA graphs do not allow."""
     if not isinstance(owner.model, nn.Module):
         raise TypeError(f"cuda_graphs needs the model as an nn.Module, got {type(owner.model).__name__}")
-    devices = {str(buffer.device) for buffer in (*owner._direction.buffers, *owner._magnitude.buffers)}
+    devices = {str(tensor.device) for tensor in (*owner._direction.buffers, *owner._magnitude.buffers, *owner.model.parameters())}
     if len(devices) != 1 or not devices.pop().startswith("cuda"):
-        raise ValueError("cuda_graphs needs the parameters of both levels on one CUDA device")
-    if owner.grad_scaler is not None:
+        raise ValueError("cuda_graphs needs the model and the parameters of both levels on one CUDA device")
+    if owner.grad_scaler is not None and owner.grad_scaler.is_enabled():
         raise ValueError("cuda_graphs and grad_scaler do not go together: take bfloat16, which needs none")
     if owner._distributed or owner._direction.group is not None:
         raise ValueError("cuda_graphs is for one process")

@@ -46,10 +46,11 @@ class BilevelOptimizer:
     any part, at the price of a base pass of its own. process_group: average over its processes; under DistributedDataParallel
     the default group is taken. Under FSDP2 (`fully_shard` before the optimizers are made) every process holds its shards;
     estimators that differentiate twice, a penalty and a grad_scaler are refused there. cuda_graphs: record a pass the second
-    time that its kind comes (a loss function, shapes of a batch) and replay it from then on, which spares the host the launches
-    of all but the first; for one CUDA device, without a grad_scaler or processes. What `loss_fn` and the model do in Python then
-    happens while a pass is recorded, not in each: no value of the device may be waited for, no random number of Python or of
-    the CPU be drawn, and loss_fn must be one function that is not made anew for every step.
+    time that its kind comes (a loss function, the shapes and plain values of a batch) and replay it from then on, which spares
+    the host the launches of all but the first; for one CUDA device, without a grad_scaler or processes. What `loss_fn` and the
+    model do in Python happens while a pass is recorded, not in each: no value of the device may be waited for and no random
+    number of the CPU be drawn, which raises, and loss_fn must be one function, not one made anew for every step. Where recording
+    raises, nothing has changed, but the device's generator may be left unusable in this process.
 
     The parameters' values move into flat buffers, of which they become views; everything else about them stays. A step in which
     anything raises changes nothing. After a step `.grad` is None; a parameter that had no gradient is not moved. Random numbers

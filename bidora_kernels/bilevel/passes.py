@@ -161,7 +161,7 @@ class Passes:
                     loss, dtypes = self._differentiate(loss_fn, part, weight / share, own, differentiate_norm, point)
                 else:
                     compute = functools.partial(self._differentiate, loss_fn, needs=own, differentiate_norm=differentiate_norm)
-                    loss, dtypes = self._graphs.run((loss_fn, differentiate_norm), own, part, weight / share, compute)
+                    loss, dtypes = self._graphs.run(loss_fn, differentiate_norm, own, part, weight / share, compute)
                 losses.append(loss.to(torch.promote_types(loss.dtype, torch.float32)) * weight)
                 seen |= dtypes
                 if number == last:

@@ -67,7 +67,7 @@ class Copies:
                 torch.stack(scalars, out=numbers)
 
     def _lay_out(self, values: list[Any]) -> None:
-        self._of = values
+        self._of, self._pairs, self._scalars = [], [], []  # nothing is held twice, nor taken for copied where memory runs out
         alike: dict[tuple[Any, ...], list[Tensor]] = {}
         for value in values:
             if torch.is_tensor(value):
@@ -76,6 +76,7 @@ class Copies:
         self._scalars = [(tensors, torch.stack(tensors)) for (_, _, is_scalar), tensors in alike.items() if is_scalar]
         others = [tensors for (_, _, is_scalar), tensors in alike.items() if not is_scalar]
         self._pairs = [(tensors, [torch.empty_like(tensor) for tensor in tensors]) for tensors in others]
+        self._of = values
 
     def put_back(self) -> None:
         """Write the copies into the tensors that they were taken of."""

@@ -143,6 +143,7 @@ def test_recorded_passes_under_autocast() -> None:
             with torch.autocast(DEVICE, torch.bfloat16, enabled=outer):
                 optimizer.step(loss, on_device(TRAIN), on_device(VALIDATION))
         found.append([p.detach() for p in optimizer.model.parameters()])
+    assert optimizer._graphs._recorded
     assert_equal(found)
 
 
@@ -163,6 +164,7 @@ try:
 except RuntimeError as error:
     assert "cannot be recorded as a CUDA graph" in str(error), error
     torch.cuda.synchronize()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert all(torch.equal(a, b) for a, b in zip(optimizer.model.parameters(), before))
     print("refused")
 """

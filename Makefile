@@ -23,7 +23,9 @@ $(INSTALLED): pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '
 demo: $(INSTALLED)
 	$(BIN)/bidora train --preset demo --output $(RUN) --overwrite
 
-test: test-kernels test-main
+# side by side, each one's output where it ends
+test: $(INSTALLED)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-kernels test-main
 
 # Triton's interpreter must be chosen before triton is imported: a process of its own
 test-kernels: $(INSTALLED)

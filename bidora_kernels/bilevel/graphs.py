@@ -17,7 +17,7 @@ from .batches import map_leaves
 from .flat import FlatParameters, Vector, copy_all
 
 LIMIT = 64  # of recorded passes, and of kinds of passes that have come once
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = frozenset({bool, int, float, str, type(None)})
 
 # (batch, weight) -> (the detached loss, the dtypes that its products ran in); leaves the gradients in `.grad`
 Pass = Callable[[Any, Any], tuple[Tensor, set[torch.dtype]]]
@@ -70,8 +70,8 @@ class PassGraphs:
             now += [buffer.data_ptr() for buffer in flat.buffers]
             now += [parameter.requires_grad for parameter in flat.parameters]
         for module in self._model.modules():
-            now.append(id(module))
-            now += [value for name, value in vars(module).items() if isinstance(value, PLAIN) and name[0] != "_"]
+            now += (id(module), type(module))
+            now += [value for name, value in vars(module).items() if type(value) in PLAIN and name[0] != "_"]
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
                 now += hooks
             for parameter in module._parameters.values():

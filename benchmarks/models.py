@@ -69,8 +69,8 @@ class Workbench:
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
             model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32000 if case.hidden > 512 else 512, use_cache=False))
-            # no batch is padded. Named "sdpa", transformers 5.17 computes with a mask while a CUDA graph is recorded, and leaves
-            # it out otherwise; 5.24 leaves it out in both
+            # no batch is padded. Named "sdpa", transformers computes with a mask while a CUDA graph is recorded, which it leaves
+            # out otherwise
             AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
             model.set_attn_implementation("sdpa_without_mask")
             return model

@@ -125,7 +125,7 @@ def change_model(model: Any, change: str) -> None:
     elif change == "replaced":
         layer.dense.weight = nn.Parameter(2.0 * layer.dense.weight.detach(), requires_grad=False)
     elif change == "module":
-        layer.dropout = nn.Tanh()
+        model.bert.encoder.layer[0].intermediate.intermediate_act_fn = nn.Tanh()
     elif change == "frozen":
         model.classifier.weight.requires_grad_(False)
     elif change == "mode":
@@ -206,6 +206,22 @@ def test_a_pass_belongs_to_its_loss_function(recorded: list[Any]) -> None:
     for a, b in zip(losses[bert_loss], losses[doubled], strict=True):
         torch.testing.assert_close(2.0 * a, b)
     assert len(recorded) == 4
+
+
+def test_an_upper_level_outside_the_model_that_was_moved(recorded: list[Any]) -> None:
+    results = []
+    for graphs_on in (False, True):
+        model, loss = small_bert(), Tempered()
+        lower = torch.optim.AdamW(bk.split_parameters(model)[0], lr=1e-2)
+        upper = torch.optim.AdamW([loss.temperature], lr=1e-2)
+        one = bk.BilevelOptimizer(model, lower=lower, upper=upper, estimator=bk.Sama(), cuda_graphs=graphs_on)
+        for number, batch in enumerate(batches(8)):
+            if number == 4:
+                loss.temperature.data = loss.temperature.data.clone()
+            train(one, [(batch, VALIDATION)], loss)
+        results.append(everything(one))
+    assert recorded
+    assert_same(results[1], results[0])
 
 
 class Losses:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import bidora_kernels as bk
+from bidora_kernels.bilevel import optimizer as optimizer_module
+from bidora_kernels.bilevel.sama import step_derivative
 
 from .problems import (
     TRAIN,
@@ -352,3 +354,17 @@ def test_presets(name: str, optimizer: dict[str, Any], ratio: float, start: str)
     assert bert_optimizer(small_bert(), **chosen.optimizer).step(bert_loss, TRAIN, VALIDATION).skipped is None
     with pytest.raises(ValueError, match="balanced, first-order, paper, paper-code"):
         bk.preset("best")
+
+
+def test_the_lower_step_is_differentiated_where_an_upper_part_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def counted(*arguments: Any) -> Any:
+        taken.append(len(taken))
+        return step_derivative(*arguments)
+
+    monkeypatch.setattr(optimizer_module, "step_derivative", counted)
+    optimizer = bert_optimizer(small_bert(), estimator=bk.Sama(), upper_every=3)
+    for _ in range(4):
+        optimizer.step(bert_loss, TRAIN, VALIDATION)
+    assert len(taken) == 2  # steps 1 and 4

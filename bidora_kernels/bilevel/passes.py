@@ -157,10 +157,10 @@ class Passes:
         with self.stopwatch.measure(kind), torch.enable_grad(), self.no_sync():
             for number, (part, weight) in enumerate(parts, 1):
                 own = needs if number <= last else needs - {"magnitude"}
+                compute = functools.partial(self._differentiate, loss_fn, needs=own, differentiate_norm=differentiate_norm)
                 if self._graphs is None:
-                    loss, dtypes = self._differentiate(loss_fn, part, weight / share, own, differentiate_norm, point)
+                    loss, dtypes = compute(part, weight / share, point=point)
                 else:
-                    compute = functools.partial(self._differentiate, loss_fn, needs=own, differentiate_norm=differentiate_norm)
                     loss, dtypes = self._graphs.run(loss_fn, differentiate_norm, own, part, weight / share, compute)
                 losses.append(loss.to(torch.promote_types(loss.dtype, torch.float32)) * weight)
                 seen |= dtypes

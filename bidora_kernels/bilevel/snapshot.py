@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .flat import copy_all
 from .sharding import local_part, reshard
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class PassState:
     def __init__(self, devices: Iterable[torch.device], modules: Iterable[nn.Module] = ()) -> None:
         """Copy the current states."""
         self._statistics = Copies()
-        self._statistics.take([buffer for module in modules for buffer in module.buffers(recurse=False)])
+        self._statistics.take(buffer for module in modules for buffer in module.buffers(recurse=False))
         self._cpu = torch.get_rng_state()
         kinds = {device for device in devices if device.type not in ("cpu", "meta")}
         self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in kinds]
@@ -48,41 +47,43 @@ class PassState:
 
 
 class Copies:
-    """Copies of the tensors among some values, in few kernels; in the same memory while the values are the same ones."""
+    """Copies of tensors, in few kernels; in the same memory while the tensors are the same ones."""
 
     def __init__(self) -> None:
         """Nothing is copied yet."""
-        self._of: list[Any] = []
+        self._of: list[Tensor] = []
         self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []  # tensors of one kind, their copies
         self._scalars: list[tuple[list[Tensor], Tensor]] = []  # tensors of one number each, as an optimizer's steps are
 
-    def take(self, values: list[Any]) -> None:
+    def take(self, values: Iterable[Any]) -> None:
         """Copy the tensors among the values as they are now."""
-        if len(values) != len(self._of) or not all(map(operator.is_, values, self._of)):
-            self._lay_out(values)
+        tensors = [value for value in values if torch.is_tensor(value)]
         with torch.no_grad():
-            for tensors, copies in self._pairs:
-                torch._foreach_copy_(copies, tensors)
+            if len(tensors) != len(self._of) or not all(map(operator.is_, tensors, self._of)):
+                self._lay_out(tensors)
+            for originals, copies in self._pairs:
+                torch._foreach_copy_(copies, originals)
             for scalars, numbers in self._scalars:
                 torch.stack(scalars, out=numbers)
 
-    def _lay_out(self, values: list[Any]) -> None:
+    def _lay_out(self, tensors: list[Tensor]) -> None:
         self._of, self._pairs, self._scalars = [], [], []  # nothing is held twice, nor taken for copied where memory runs out
         alike: dict[tuple[Any, ...], list[Tensor]] = {}
-        for value in values:
-            if torch.is_tensor(value):
-                part = local_part(value)
-                alike.setdefault((part.dtype, part.device, part.ndim == 0), []).append(part)
-        self._scalars = [(tensors, torch.stack(tensors)) for (_, _, is_scalar), tensors in alike.items() if is_scalar]
-        others = [tensors for (_, _, is_scalar), tensors in alike.items() if not is_scalar]
-        self._pairs = [(tensors, [torch.empty_like(tensor) for tensor in tensors]) for tensors in others]
-        self._of = values
+        for tensor in tensors:
+            part = local_part(tensor)
+            alike.setdefault((part.dtype, part.device, part.ndim == 0), []).append(part)
+        for (_, _, is_scalar), parts in alike.items():
+            if is_scalar:
+                self._scalars.append((parts, torch.stack(parts)))
+            else:
+                self._pairs.append((parts, [torch.empty_like(part) for part in parts]))
+        self._of = tensors
 
     def put_back(self) -> None:
         """Write the copies into the tensors that they were taken of."""
         with torch.no_grad():
-            for tensors, copies in self._pairs:
-                torch._foreach_copy_(tensors, copies)
+            for originals, copies in self._pairs:
+                torch._foreach_copy_(originals, copies)
             for scalars, numbers in self._scalars:
                 torch._foreach_copy_(scalars, list(numbers.unbind()))
 
@@ -94,9 +95,8 @@ class OptimizerState:
         """Copy every tensor of the state, and the groups' settings. copies: where to, no others' meanwhile."""
         self._optimizer, self._copies = optimizer, copies
         self._entries = {parameter: dict(state) for parameter, state in optimizer.state.items()}
-        copies.take([value for state in self._entries.values() for value in state.values()])
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        self._rates = [(value, value.clone()) for group in self._groups for value in group.values() if torch.is_tensor(value)]
+        copies.take(value for part in (*self._entries.values(), *self._groups) for value in part.values())
 
     def restore(self) -> None:
         """Put everything back."""
@@ -104,7 +104,6 @@ class OptimizerState:
         state.clear()
         state.update({parameter: dict(entry) for parameter, entry in self._entries.items()})
         self._copies.put_back()
-        copy_all([tensor for tensor, _ in self._rates], [saved for _, saved in self._rates])
         for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
             for key in [key for key in group if key != "params" and key not in settings]:
                 del group[key]

@@ -172,16 +172,16 @@ class Tempered(nn.Module):
         return bert_loss(model, batch) / self.temperature + self.temperature.square() / 9
 
 
-@pytest.mark.parametrize("change", ["frozen", "moved"])
-def test_a_parameter_outside_the_model(recorded: list[Any], change: str) -> None:
+@pytest.mark.parametrize(("level", "change"), [("lower", "frozen"), ("lower", "moved"), ("upper", "moved")])
+def test_a_parameter_outside_the_model(recorded: list[Any], level: str, change: str) -> None:
+    """One of several of the lower level, or all of the upper one."""
     results = []
     for graphs_on in (False, True):
         model, loss = small_bert(), Tempered()
         direction, magnitude = bk.split_parameters(model)
-        lower = torch.optim.AdamW([*direction, loss.temperature], lr=1e-2)
-        one = bk.BilevelOptimizer(
-            model, lower=lower, upper=torch.optim.AdamW(magnitude, lr=1e-2), estimator=bk.Sama(), cuda_graphs=graphs_on
-        )
+        groups = ([*direction, loss.temperature], magnitude) if level == "lower" else (direction, [loss.temperature])
+        lower, upper = (torch.optim.AdamW(group, lr=1e-2) for group in groups)
+        one = bk.BilevelOptimizer(model, lower=lower, upper=upper, estimator=bk.Sama(), cuda_graphs=graphs_on)
         for number, batch in enumerate(batches(8)):
             if number == 4 and change == "frozen":
                 loss.temperature.requires_grad_(False)
@@ -206,22 +206,6 @@ def test_a_pass_belongs_to_its_loss_function(recorded: list[Any]) -> None:
     for a, b in zip(losses[bert_loss], losses[doubled], strict=True):
         torch.testing.assert_close(2.0 * a, b)
     assert len(recorded) == 4
-
-
-def test_an_upper_level_outside_the_model_that_was_moved(recorded: list[Any]) -> None:
-    results = []
-    for graphs_on in (False, True):
-        model, loss = small_bert(), Tempered()
-        lower = torch.optim.AdamW(bk.split_parameters(model)[0], lr=1e-2)
-        upper = torch.optim.AdamW([loss.temperature], lr=1e-2)
-        one = bk.BilevelOptimizer(model, lower=lower, upper=upper, estimator=bk.Sama(), cuda_graphs=graphs_on)
-        for number, batch in enumerate(batches(8)):
-            if number == 4:
-                loss.temperature.data = loss.temperature.data.clone()
-            train(one, [(batch, VALIDATION)], loss)
-        results.append(everything(one))
-    assert recorded
-    assert_same(results[1], results[0])
 
 
 class Losses:
